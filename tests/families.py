@@ -1,32 +1,81 @@
-import torch, transformers as T
-def small(fam, layers=4):
-    torch.manual_seed(0)
-    kw=dict(vocab_size=128)
-    ll=dict(hidden_size=64,intermediate_size=128,num_hidden_layers=layers,num_attention_heads=4,num_key_value_heads=2,max_position_embeddings=256, pad_token_id=0,bos_token_id=1,eos_token_id=2)
-    c={
-     'llama':lambda:T.LlamaConfig(**kw,**ll),
-     'mistral':lambda:T.MistralConfig(**kw,**ll,sliding_window=None),
-     'qwen2':lambda:T.Qwen2Config(**kw,**ll),
-     'phi3':lambda:T.Phi3Config(**kw,**ll),
-     'gpt2':lambda:T.GPT2Config(**kw,n_embd=64,n_layer=layers,n_head=4,n_positions=256,bos_token_id=1,eos_token_id=2),
-     'opt':lambda:T.OPTConfig(**kw,hidden_size=64,ffn_dim=128,num_hidden_layers=layers,num_attention_heads=4,max_position_embeddings=256,word_embed_proj_dim=64,pad_token_id=1,bos_token_id=2,eos_token_id=2),
-     'gpt_neox':lambda:T.GPTNeoXConfig(**kw,hidden_size=64,intermediate_size=128,num_hidden_layers=layers,num_attention_heads=4,max_position_embeddings=256,bos_token_id=1,eos_token_id=2),
-     'gemma':lambda:T.GemmaConfig(**kw,**{**ll,'num_key_value_heads':1},head_dim=16),
-     'gemma2':lambda:T.Gemma2Config(**kw,**ll,head_dim=16,sliding_window=8),
-     'gemma3':lambda:T.Gemma3TextConfig(**kw,**ll,head_dim=16,sliding_window=8),
-     'qwen3':lambda:T.Qwen3Config(**kw,**ll,head_dim=16),
-     'bloom':lambda:T.BloomConfig(**kw,hidden_size=64,n_layer=layers,n_head=4),
-     'gptj':lambda:T.GPTJConfig(**kw,n_embd=64,n_layer=layers,n_head=4,rotary_dim=8,n_positions=256),
-     'falcon':lambda:T.FalconConfig(**kw,hidden_size=64,num_hidden_layers=layers,num_attention_heads=4,bos_token_id=1,eos_token_id=2,alibi=False,multi_query=True,parallel_attn=True,new_decoder_architecture=False),
-     'phi':lambda:T.PhiConfig(**kw,**ll),
-     'starcoder2':lambda:T.Starcoder2Config(**kw,**ll),
-     'stablelm':lambda:T.StableLmConfig(**kw,**ll),
-     'cohere':lambda:T.CohereConfig(**kw,**ll),
-     'mpt':lambda:T.MptConfig(vocab_size=128,d_model=64,n_layers=layers,n_heads=4,max_seq_len=256),
-     'olmo2':lambda:T.Olmo2Config(**kw,**ll),
-    }[fam]()
-    m=T.AutoModelForCausalLM.from_config(c).eval()
-    for p in m.parameters():
-        if p.dim()>1: p.data.mul_(2.0)
-        else: p.data.add_(torch.randn_like(p)*0.05)
-    return m
+"""Small random models of real architectures, shared by all tests. A sample of what exists, not a list of what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+VOCABULARY = 128
+LAYERS = 4
+
+_TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    **_TOKENS,
+}
+_SMALL_HEADS = {**_LLAMA_LIKE, "head_dim": 16}
+
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda n: hf.LlamaConfig(num_hidden_layers=n, **_LLAMA_LIKE),
+    "mistral": lambda n: hf.MistralConfig(num_hidden_layers=n, sliding_window=None, **_LLAMA_LIKE),
+    "qwen2": lambda n: hf.Qwen2Config(num_hidden_layers=n, **_LLAMA_LIKE),
+    "phi3": lambda n: hf.Phi3Config(num_hidden_layers=n, **_LLAMA_LIKE),
+    "gpt2": lambda n: hf.GPT2Config(n_layer=n, n_embd=64, n_head=4, n_positions=256, **_TOKENS),
+    "opt": lambda n: hf.OPTConfig(
+        num_hidden_layers=n,
+        hidden_size=64,
+        ffn_dim=128,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        word_embed_proj_dim=64,
+        pad_token_id=0,
+        **_TOKENS,
+    ),
+    "gpt_neox": lambda n: hf.GPTNeoXConfig(
+        num_hidden_layers=n,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        **_TOKENS,
+    ),
+    "gemma": lambda n: hf.GemmaConfig(num_hidden_layers=n, **{**_SMALL_HEADS, "num_key_value_heads": 1}),
+    "falcon": lambda n: hf.FalconConfig(num_hidden_layers=n, hidden_size=64, num_attention_heads=4, **_TOKENS),
+    "gemma2": lambda n: hf.Gemma2Config(num_hidden_layers=n, sliding_window=8, **_SMALL_HEADS),
+    "gemma3": lambda n: hf.Gemma3TextConfig(num_hidden_layers=n, sliding_window=8, **_SMALL_HEADS),
+    "qwen3": lambda n: hf.Qwen3Config(num_hidden_layers=n, **_SMALL_HEADS),
+    "bloom": lambda n: hf.BloomConfig(n_layer=n, hidden_size=64, n_head=4, **_TOKENS),
+    "gptj": lambda n: hf.GPTJConfig(n_layer=n, n_embd=64, n_head=4, rotary_dim=8, n_positions=256, **_TOKENS),
+    "phi": lambda n: hf.PhiConfig(num_hidden_layers=n, **_LLAMA_LIKE),
+    "starcoder2": lambda n: hf.Starcoder2Config(num_hidden_layers=n, **_LLAMA_LIKE),
+    "stablelm": lambda n: hf.StableLmConfig(num_hidden_layers=n, **_LLAMA_LIKE),
+    "cohere": lambda n: hf.CohereConfig(num_hidden_layers=n, **_LLAMA_LIKE),
+    "olmo2": lambda n: hf.Olmo2Config(num_hidden_layers=n, **_LLAMA_LIKE),
+    "mpt": lambda n: hf.MptConfig(n_layers=n, d_model=64, n_heads=4, max_seq_len=256),
+}
+
+NAMED = ("llama", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "falcon")
+"""The families that every lowering is checked on at every depth; the others are checked where it is cheap."""
+
+
+def random_model(family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random model in eval mode. Weights are twice the usual size and norms off 1, so that layers really differ."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family](layers)
+    config.vocab_size = VOCABULARY
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.to(dtype)
