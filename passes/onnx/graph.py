@@ -1,0 +1,191 @@
+"""The graph that the ONNX passes work on: onnx-graphsurgeon's, plus what that library does not carry.
+
+GraphSurgeon drops node metadata and overridable initializers, and it would copy a weight into every subgraph that reads
+it. :class:`OnnxGraph` keeps the exporter's scopes, the exact signature, and the outer scope's weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger import G_LOGGER
+
+__all__ = ["OnnxGraph", "Uses", "constant_value", "export_model", "import_model", "reads"]
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+log = logging.getLogger("river_compile")
+
+
+@dataclass
+class OnnxGraph:
+    """An ONNX model under rewriting.
+
+    Fields:
+        surgeon: the graph; every pass works on its node list.
+        weights: all constants of the outer scope by name, those that only subgraphs read included.
+        scopes: for the id of a node, the module scopes that torch.onnx.export noted for it, outermost first.
+        inputs, outputs: the signature as it was in the file.
+        overridable: names of weights that are graph inputs as well (a default, settable per run).
+        added_outputs: outputs that the passes add, after the original ones.
+        metadata: the model's metadata properties.
+        folder: where external data lies; None when there is none.
+    """
+
+    surgeon: gs.Graph
+    weights: dict[str, gs.Constant]
+    scopes: dict[int, tuple[str, ...]]
+    inputs: list[onnx.ValueInfoProto]
+    outputs: list[onnx.ValueInfoProto]
+    overridable: list[str] = field(default_factory=list)
+    added_outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        nodes: list[gs.Node] = self.surgeon.nodes
+        return nodes
+
+    def add_weight(self, name: str, values: np.ndarray) -> gs.Constant:
+        """A new constant of the outer scope. Requires that no weight has this name yet."""
+        assert name not in self.weights, name
+        self.weights[name] = gs.Constant(name, values)
+        return self.weights[name]
+
+    def read(self, constant: gs.Constant) -> np.ndarray:
+        """The values of a weight, read from external data if need be and not kept."""
+        return constant_value(constant, self.folder)
+
+
+def constant_value(constant: gs.Constant, folder: Path | None = None) -> np.ndarray:
+    values = constant._values
+    if isinstance(values, np.ndarray):
+        return values
+    return np.asarray(onnx.numpy_helper.to_array(values.tensor, str(folder or "")))
+
+
+class Uses:
+    """Who produces and who reads each tensor, by name, in the outer scope; subgraphs' reads count for their node."""
+
+    def __init__(self, nodes: Sequence[gs.Node]) -> None:
+        self.position = {id(node): index for index, node in enumerate(nodes)}
+        self.producer: dict[str, gs.Node] = {}
+        self.readers: dict[str, list[gs.Node]] = {}
+        for node in nodes:
+            for output in node.outputs:
+                if output.name:
+                    self.producer[output.name] = node
+            for name in reads(node):
+                self.readers.setdefault(name, []).append(node)
+
+
+def reads(node: gs.Node) -> list[str]:
+    """Names of all tensors that a node reads, those captured by its subgraphs included, in order, each once."""
+    names = [tensor.name for tensor in node.inputs if tensor.name]
+    for subgraph in node.subgraphs():
+        inside = {tensor.name for tensor in subgraph.inputs}
+        inside |= {output.name for inner in subgraph.nodes for output in inner.outputs}
+        captured = [name for inner in subgraph.nodes for name in reads(inner)]
+        captured += [output.name for output in subgraph.outputs]
+        names += [name for name in captured if name not in inside]
+    return list(dict.fromkeys(names))
+
+
+@contextmanager
+def _quiet_surgeon() -> Iterator[None]:
+    severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = severity
+
+
+def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGraph:
+    """The graph of a model.
+
+    Args:
+        model: read without its external data; its tensors are taken over, not copied.
+        folder: where the external data lies.
+    """
+    with _quiet_surgeon():
+        surgeon = gs.import_onnx(model)
+    scopes = {}
+    for node, proto in zip(surgeon.nodes, model.graph.node, strict=True):
+        for prop in proto.metadata_props:
+            if prop.key == _SCOPES:
+                scopes[id(node)] = tuple(str(scope) for scope in ast.literal_eval(prop.value))
+    weights = {
+        tensor.name: tensor for tensor in surgeon.tensors().values() if isinstance(tensor, gs.Constant) and tensor.name
+    }
+    _name_nodes(surgeon)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    return OnnxGraph(
+        surgeon=surgeon,
+        weights=weights,
+        scopes=scopes,
+        inputs=list(model.graph.input),
+        outputs=list(model.graph.output),
+        overridable=[value.name for value in model.graph.input if value.name in initializers],
+        metadata={prop.key: prop.value for prop in model.metadata_props},
+        folder=folder,
+    )
+
+
+def _name_nodes(surgeon: gs.Graph) -> None:
+    """Give every node a name of its own: exporters leave names empty or use them twice, runtimes refuse the latter."""
+    taken: set[str] = set()
+    for index, node in enumerate(surgeon.nodes):
+        if not node.name or node.name in taken:
+            node.name = f"{node.name or node.op}_{index}"
+        taken.add(node.name)
+
+
+def export_model(graph: OnnxGraph) -> onnx.ModelProto:
+    """The model of a graph. Weights that lie in external data still point there."""
+    with _quiet_surgeon():
+        model: onnx.ModelProto = gs.export_onnx(graph.surgeon, do_type_check=False)
+    present = {tensor.name for tensor in model.graph.initializer}
+    for name in _names_read(model.graph) | set(graph.overridable):
+        constant = graph.weights.get(name)
+        if constant is not None and name not in present:
+            model.graph.initializer.append(_tensor_proto(constant))
+    del model.graph.input[:]
+    del model.graph.output[:]
+    known = {value.name for value in graph.inputs}
+    model.graph.input.extend(graph.inputs)
+    for name in graph.overridable:
+        if name not in known:
+            constant = graph.weights[name]
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(constant.dtype)
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, list(constant.shape)))
+    model.graph.output.extend(graph.outputs + graph.added_outputs)
+    for key, value in graph.metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def _names_read(graph: onnx.GraphProto) -> set[str]:
+    names = {name for node in graph.node for name in node.input}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                names |= _names_read(attribute.g)
+    return names
+
+
+def _tensor_proto(constant: gs.Constant) -> onnx.TensorProto:
+    values: Any = constant._values
+    if isinstance(values, np.ndarray):
+        return onnx.numpy_helper.from_array(values, constant.name)
+    tensor: onnx.TensorProto = values.tensor
+    return tensor

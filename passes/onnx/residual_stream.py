@@ -1,0 +1,186 @@
+"""The residual stream of an ONNX graph: the tensors that every path from the tokens to the logits goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import onnx_graphsurgeon as gs
+
+from river_compile.passes.anatomy import CacheSlot
+from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
+
+__all__ = ["Segment", "Stream", "find_stream"]
+
+_SHAPE_ONLY = {"Shape", "Size"}
+
+# Operators that take a past and give a present: output index -> input index.
+_STATE_OPS = {
+    "Attention": {1: 4, 2: 5},
+    "GroupQueryAttention": {1: 3, 2: 4},
+    "MultiHeadAttention": {1: 6, 2: 7},
+    "SparseAttention": {1: 3, 2: 4},
+    "TensorScatter": {0: 0},
+    "ScatterND": {0: 0},
+    "ScatterElements": {0: 0},
+}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The nodes between two consecutive cuts of the stream, and the cache slots written there."""
+
+    start: str
+    end: str
+    nodes: tuple[gs.Node, ...]
+    caches: tuple[CacheSlot, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The whole stream: its segments in order, from the tokens to the logits."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def cache_segments(self) -> tuple[int, ...]:
+        return tuple(index for index, segment in enumerate(self.segments) if segment.caches)
+
+
+def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
+    """The residual stream along which most of the KV cache is written, over all graph inputs, to the deepest output.
+
+    Requires: nodes in topological order.
+    Ensures: every node that lies on a path from the stream's source to its sink is in exactly one segment.
+    """
+    sink = _deepest_output(graph)
+    ancestors = _ancestors(sink, uses)
+    streams = [_stream(graph, uses, *_chain(value.name, sink, ancestors, uses)) for value in graph.inputs]
+    return max(
+        streams,
+        key=lambda stream: (sum(len(segment.caches) for segment in stream.segments), len(stream.segments)),
+        default=Stream(()),
+    )
+
+
+def _stream(graph: OnnxGraph, uses: Uses, cuts: list[str], nodes: list[gs.Node]) -> Stream:
+    caches = _caches_by_node(graph, uses, set(cuts), {id(node) for node in nodes})
+    segments = []
+    remaining = iter(nodes)
+    for start, end in pairwise(cuts):
+        inside = []
+        for node in remaining:
+            inside.append(node)
+            if node is uses.producer[end]:
+                break
+        slots = tuple(slot for node in inside for slot in caches.get(id(node), ()))
+        segments.append(Segment(start, end, tuple(inside), slots))
+    return Stream(tuple(segments))
+
+
+def _deepest_output(graph: OnnxGraph) -> str:
+    depth: dict[str, int] = {}
+    for node in graph.nodes:
+        level = 1 + max((depth.get(name, 0) for name in reads(node)), default=0)
+        for output in node.outputs:
+            depth[output.name] = level
+    return max((value.name for value in graph.outputs), key=lambda name: depth.get(name, 0))
+
+
+def _ancestors(sink: str, uses: Uses) -> set[int]:
+    """Ids of all nodes that the sink depends on, other than by a shape."""
+    found: set[int] = set()
+    open_names = [sink]
+    while open_names:
+        node = uses.producer.get(open_names.pop())
+        if node is None or id(node) in found or node.op in _SHAPE_ONLY:
+            continue
+        found.add(id(node))
+        open_names += reads(node)
+    return found
+
+
+def _chain(source: str, sink: str, ancestors: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
+    """All tensors that every path from source to sink passes, and the nodes on those paths, in order."""
+    on_path: dict[int, gs.Node] = {}
+    open_names = [source]
+    while open_names:
+        for node in uses.readers.get(open_names.pop(), ()):
+            if id(node) in ancestors and id(node) not in on_path:
+                on_path[id(node)] = node
+                open_names += [output.name for output in node.outputs]
+    nodes = sorted(on_path.values(), key=lambda node: uses.position[id(node)])
+    rank = {id(node): index for index, node in enumerate(nodes)}
+
+    def last_read(name: str) -> int:
+        if name == sink:
+            return len(nodes)
+        return max((rank[id(node)] for node in uses.readers.get(name, ()) if id(node) in rank), default=-1)
+
+    # A tensor is a cut if at some moment of the execution it alone is alive.
+    alive = {source: last_read(source)}
+    cuts = [source] if alive[source] >= 0 else []
+    for index, node in enumerate(nodes):
+        alive = {name: last for name, last in alive.items() if last > index}
+        alive |= {output.name: last for output in node.outputs if (last := last_read(output.name)) > index}
+        if len(alive) == 1 and (only := next(iter(alive))) not in cuts[-1:]:
+            cuts.append(only)
+    return cuts, nodes
+
+
+def _caches_by_node(
+    graph: OnnxGraph, uses: Uses, cuts: set[str], on_stream: set[int]
+) -> dict[int, tuple[CacheSlot, ...]]:
+    """For the id of a node on the stream, the cache slots whose new content it computes."""
+    pasts = {value.name: value for value in graph.inputs if _rank(value) >= 3}
+    found: dict[int, list[CacheSlot]] = {}
+    for value in graph.outputs:
+        if _rank(value) < 3 or value.name in cuts:
+            continue
+        past, home = _trace_cache(value.name, set(pasts), uses, cuts, on_stream)
+        if past is not None and home is not None and _dtype(pasts[past]) == _dtype(value):
+            found.setdefault(id(home), []).append(CacheSlot(past, value.name))
+    return {key: tuple(slots) for key, slots in found.items()}
+
+
+def _trace_cache(
+    present: str, pasts: set[str], uses: Uses, cuts: set[str], on_stream: set[int]
+) -> tuple[str | None, gs.Node | None]:
+    """The one past that a present output continues, and the last node on the stream that it comes from."""
+    reached: set[str] = set()
+    home: gs.Node | None = None
+    seen: set[str] = set()
+    open_names = [present]
+    while open_names:
+        name = open_names.pop()
+        if name in seen or name in cuts:
+            continue
+        seen.add(name)
+        if name in pasts:
+            reached.add(name)
+        node = uses.producer.get(name)
+        if node is None or node.op in _SHAPE_ONLY:
+            continue
+        if id(node) in on_stream and (home is None or uses.position[id(node)] > uses.position[id(home)]):
+            home = node
+        open_names += _state_inputs(node, name)
+    return (next(iter(reached)), home) if len(reached) == 1 else (None, None)
+
+
+def _state_inputs(node: gs.Node, name: str) -> Iterable[str]:
+    """What an output's cache content comes from: for an operator with a state, that state's input only."""
+    index = next(i for i, output in enumerate(node.outputs) if output.name == name)
+    state = _STATE_OPS.get(node.op, {}).get(index)
+    if state is not None and state < len(node.inputs) and node.inputs[state].name:
+        return [node.inputs[state].name]
+    return reads(node)
+
+
+def _rank(value: object) -> int:
+    tensor_type = value.type.tensor_type  # type: ignore[attr-defined]
+    return len(tensor_type.shape.dim) if tensor_type.HasField("shape") else 4
+
+
+def _dtype(value: object) -> int:
+    return int(value.type.tensor_type.elem_type)  # type: ignore[attr-defined]
