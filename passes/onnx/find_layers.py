@@ -137,7 +137,7 @@ def _layers(graph: OnnxGraph, uses: Uses, stream: Stream, bounds: Sequence[str])
     kinds: dict[str, int] = {}
     layers = []
     for index, (hidden_in, hidden_out) in enumerate(pairwise(bounds)):
-        nodes = _live([node for node in graph.nodes if level[id(node)] == index + 1], hidden_out, uses, outputs)
+        nodes = [node for node in graph.nodes if level[id(node)] == index + 1]
         produced = {output.name for node in nodes for output in node.outputs}
         inside = {id(node) for node in nodes}
         caches = tuple(slot for slot in slots if slot.present in produced)
@@ -181,12 +181,3 @@ def _levels(graph: OnnxGraph, bounds: Sequence[str]) -> dict[int, int]:
         for output in node.outputs:
             of_tensor.setdefault(output.name, level)
     return levels
-
-
-def _live(nodes: Sequence[gs.Node], hidden_out: str, uses: Uses, outputs: set[str]) -> list[gs.Node]:
-    """The nodes whose result somebody reads."""
-    return [
-        node
-        for node in nodes
-        if any(o.name == hidden_out or o.name in outputs or o.name in uses.readers for o in node.outputs)
-    ]

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-__all__ = ["OnnxGraph", "Uses", "constant_value", "export_model", "import_model", "reads"]
+__all__ = ["OnnxGraph", "Uses", "constant_value", "export_model", "import_model", "reads", "toposorted"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -119,14 +120,12 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
     """
     with _quiet_surgeon():
         surgeon = gs.import_onnx(model)
-    scopes = {}
-    for node, proto in zip(surgeon.nodes, model.graph.node, strict=True):
-        for prop in proto.metadata_props:
-            if prop.key == _SCOPES:
-                scopes[id(node)] = tuple(str(scope) for scope in ast.literal_eval(prop.value))
-    weights = {
-        tensor.name: tensor for tensor in surgeon.tensors().values() if isinstance(tensor, gs.Constant) and tensor.name
-    }
+    scopes = _scopes(surgeon, model)
+    weights = _outer_weights(surgeon, model)
+    surgeon.nodes = _live(surgeon.nodes, {value.name for value in model.graph.output})
+    for node in surgeon.nodes:
+        for subgraph in node.subgraphs(recursive=True):
+            _refer_outward(subgraph, weights)
     _name_nodes(surgeon)
     initializers = {tensor.name for tensor in model.graph.initializer}
     return OnnxGraph(
@@ -139,6 +138,70 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
         metadata={prop.key: prop.value for prop in model.metadata_props},
         folder=folder,
     )
+
+
+def _scopes(surgeon: gs.Graph, model: onnx.ModelProto) -> dict[int, tuple[str, ...]]:
+    scopes = {}
+    for node, proto in zip(surgeon.nodes, model.graph.node, strict=True):
+        for prop in proto.metadata_props:
+            if prop.key == _SCOPES:
+                scopes[id(node)] = tuple(str(scope) for scope in ast.literal_eval(prop.value))
+    return scopes
+
+
+def _outer_weights(surgeon: gs.Graph, model: onnx.ModelProto) -> dict[str, gs.Constant]:
+    """All constants of the outer scope. Constant nodes become weights, since a pass should meet one form only."""
+    outputs = {value.name for value in model.graph.output}
+    nodes = []
+    for node in surgeon.nodes:
+        if node.op == "Constant" and "value" in node.attrs and node.outputs[0].name not in outputs:
+            result = node.outputs[0]
+            node.outputs.clear()
+            result.to_constant(node.attrs["value"]._values)
+        else:
+            nodes.append(node)
+    surgeon.nodes = nodes
+    found = {tensor.name: tensor for tensor in surgeon.tensors().values() if isinstance(tensor, gs.Constant)}
+    for tensor in model.graph.initializer:
+        found.setdefault(tensor.name, gs.Constant(tensor.name, LazyValues(tensor)))
+    return found
+
+
+def _live(nodes: Sequence[gs.Node], wanted: set[str]) -> list[gs.Node]:
+    """The nodes that some graph output depends on."""
+    wanted = set(wanted)
+    live = []
+    for node in reversed(toposorted(nodes)):
+        if any(output.name in wanted for output in node.outputs):
+            wanted.update(reads(node))
+            live.append(node)
+    return live[::-1]
+
+
+def _refer_outward(subgraph: gs.Graph, weights: dict[str, gs.Constant]) -> None:
+    for node in subgraph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant) and weights.get(tensor.name) is tensor:
+                node.inputs[index] = gs.Variable(tensor.name)
+
+
+def toposorted(nodes: Sequence[gs.Node]) -> list[gs.Node]:
+    """The nodes in an order in which each comes after what it reads; otherwise as they were."""
+    producer = {output.name: node for node in nodes for output in node.outputs if output.name}
+    done: set[int] = set()
+    ordered: list[gs.Node] = []
+    stack: list[tuple[gs.Node, bool]] = [(node, False) for node in reversed(nodes)]
+    while stack:
+        node, ready = stack.pop()
+        if id(node) in done:
+            continue
+        if ready:
+            done.add(id(node))
+            ordered.append(node)
+            continue
+        stack.append((node, True))
+        stack += [(producer[name], False) for name in reversed(reads(node)) if name in producer]
+    return ordered
 
 
 def _name_nodes(surgeon: gs.Graph) -> None:

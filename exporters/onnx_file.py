@@ -1,0 +1,186 @@
+"""ONNX files: read without their weights, checked, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx.inliner
+from google.protobuf.message import DecodeError, EncodeError
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from river_compile.errors import InputError, RiverError
+
+__all__ = ["EXTERNAL_ABOVE", "RIVER_CONFIG", "load", "save", "tensor_bytes"]
+
+RIVER_CONFIG = "river.config"
+EXTERNAL_ABOVE = 1 << 30
+_PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
+_ALIGNMENT = 4096
+_CHUNK = 1 << 24
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Read a model without its external data, local functions inlined.
+
+    Raises:
+        InputError: not a file, not ONNX, truncated, already a river model; external data missing, too short, or outside
+            the model's folder.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: not an ONNX model, or truncated ({_one_line(error)})") from error
+    if not model.graph.node or not model.opset_import:
+        raise InputError(f"{path}: not an ONNX model, or truncated (it has no graph)")
+    if any(prop.key == RIVER_CONFIG for prop in model.metadata_props):
+        raise InputError(f"{path}: already a river model; export from the original")
+    for tensor in _all_tensors(model.graph):
+        _check_external(tensor, path)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return model
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _all_tensors(attribute.g)
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    if not uses_external_data(tensor):
+        return
+    info = ExternalDataInfo(tensor)
+    folder = path.parent.resolve()
+    data = (folder / info.location).resolve()
+    if not data.is_relative_to(folder):
+        raise InputError(f"{path}: weight {tensor.name!r} lies outside the model's folder: {info.location}")
+    if not data.is_file():
+        raise InputError(f"{path}: external data is missing: {info.location}")
+    end = (info.offset or 0) + (info.length or 0)
+    if data.stat().st_size < end:
+        raise InputError(f"{path}: external data is truncated: {info.location} ends before weight {tensor.name!r} does")
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's data in bytes."""
+    if uses_external_data(tensor) and ExternalDataInfo(tensor).length:
+        return int(ExternalDataInfo(tensor).length)
+    if tensor.raw_data:
+        return len(tensor.raw_data)
+    return int(onnx.numpy_helper.to_array(tensor).nbytes) if not uses_external_data(tensor) else 0
+
+
+def save(
+    model: onnx.ModelProto,
+    path: Path,
+    folder: Path | None,
+    external: bool | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Write a model under a temporary name, then rename it: it is there whole or not at all.
+
+    Args:
+        model: its external tensors point into ``folder`` and are streamed from there. It is changed by this call.
+        external: whether weights go into ``<name>.data`` beside the model; None: when they are over 1 GB in all.
+        progress: is told bytes done and bytes in all.
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        RiverError: the disk is full or not writable, or the model is too large for one file.
+    """
+    total = sum(map(tensor_bytes, model.graph.initializer))
+    external = total > EXTERNAL_ABOVE if external is None else external
+    if not external and total > _PROTOBUF_LIMIT:
+        raise RiverError(f"{path}: {total / 2**30:.1f} GB of weights do not fit into one file; use external data")
+    data_name = path.name + ".data"
+    with _staging(path) as stage:
+        for tensor in _all_tensors(model.graph):
+            if uses_external_data(tensor) and not external:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder or ""))
+                tensor.ClearField("external_data")
+                tensor.data_location = onnx.TensorProto.DEFAULT
+        if external:
+            with open(stage / data_name, "wb") as sink:
+                _stream(model, sink, data_name, folder, lambda done: progress(done, total))
+        try:
+            (stage / path.name).write_bytes(model.SerializeToString())
+        except (EncodeError, ValueError) as error:
+            raise RiverError(f"{path}: the model is too large for one file; use external data") from error
+        names = [data_name, path.name] if external else [path.name]
+        for name in names:
+            os.replace(stage / name, path.parent / name)
+        if not external:
+            (path.parent / data_name).unlink(missing_ok=True)
+    progress(total, total)
+    return [path.parent / name for name in reversed(names)]
+
+
+@contextmanager
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside the target, gone afterwards whatever happens."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise RiverError(f"{path}: cannot be written: {error.strerror or _one_line(error)}") from error
+
+
+def _stream(
+    model: onnx.ModelProto, sink: BinaryIO, location: str, folder: Path | None, progress: Callable[[int], None]
+) -> None:
+    """Move all initializers of the model into one file, without holding more than a chunk of those on disk."""
+    done = 0
+    for tensor in model.graph.initializer:
+        sink.seek(-(-sink.tell() // _ALIGNMENT) * _ALIGNMENT)
+        offset = sink.tell()
+        for chunk in _chunks(tensor, folder):
+            sink.write(chunk)
+            done += len(chunk)
+            progress(done)
+        length = sink.tell() - offset
+        for name in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+            tensor.ClearField(name)
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _chunks(tensor: onnx.TensorProto, folder: Path | None) -> Iterator[bytes]:
+    if not uses_external_data(tensor):
+        yield tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
+        return
+    info = ExternalDataInfo(tensor)
+    with open((folder or Path()) / info.location, "rb") as source:
+        source.seek(info.offset or 0)
+        left = info.length if info.length else os.fstat(source.fileno()).st_size - (info.offset or 0)
+        while left > 0:
+            chunk = source.read(min(_CHUNK, left))
+            if not chunk:
+                raise InputError(f"external data ended early: {info.location}")
+            left -= len(chunk)
+            yield chunk

@@ -1,0 +1,111 @@
+"""ONNX Runtime as a destination: its quantizer, and ``MatMulNBits`` for the river's linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from river_compile.errors import ConfigError, MissingExtra
+from river_compile.passes.onnx.graph import OnnxGraph
+from river_compile.passes.onnx.linear import Linear
+from river_compile.passes.onnx.twin import outer
+from river_compile.passes.quantizer import QuantizedWeight, Quantizer
+
+__all__ = ["DOMAIN", "QUANTIZERS", "MatMulNBits", "RoundToNearest", "quantizer"]
+
+DOMAIN = "com.microsoft"
+
+
+class RoundToNearest:
+    """Round to nearest on an asymmetric grid with integer zero points, by onnxruntime's own quantizer."""
+
+    name = "rtn"
+
+    def __init__(self) -> None:
+        try:
+            from onnxruntime.quantization import matmul_nbits_quantizer as ort
+        except ImportError as error:
+            raise MissingExtra("onnxruntime", "cpu", "quantizing the river") from error
+        self._ort = ort
+
+    def quantize(self, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
+        config = self._ort.DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=False, bits=bits)
+        packed, scales, zero_points = self._ort.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+        outputs, groups = packed.shape[:2]
+        values = packed if bits == 8 else _unpack(packed)
+        zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
+        return QuantizedWeight(values, scales.reshape(outputs, groups).astype(np.float32), zero_points, bits)
+
+
+QUANTIZERS: dict[str, Callable[[], Quantizer]] = {RoundToNearest.name: RoundToNearest}
+
+
+def quantizer(name: str) -> Quantizer:
+    """The quantizer of that name.
+
+    Raises:
+        ConfigError: ONNX Runtime has no such quantizer here.
+        MissingExtra: onnxruntime is not installed.
+    """
+    if name not in QUANTIZERS:
+        raise ConfigError("quantizer", f"{name!r} is none of {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[name]()
+
+
+class MatMulNBits:
+    """The river's linear layers as ``com.microsoft::MatMulNBits``, with activations in the model's float type."""
+
+    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
+        pack = _pack if weight.bits == 4 else np.ascontiguousarray
+        return (
+            graph.add_weight(f"{name}.values", pack(weight.values)),
+            graph.add_weight(f"{name}.scales", weight.scales.astype(float_type(like))),
+            graph.add_weight(f"{name}.zero_points", pack(weight.zero_points)),
+        )
+
+    def nodes(
+        self, linear: Linear, weight: Sequence[gs.Constant], bits: int, group_size: int, prefix: str
+    ) -> Sequence[gs.Node]:
+        inputs = [linear.node.inputs[0].name, *(constant.name for constant in weight)]
+        # g_idx, the fourth optional operand, is not used.
+        inputs += ["", linear.bias] if linear.bias else []
+        return [
+            gs.Node(
+                "MatMulNBits",
+                name=prefix + "MatMulNBits",
+                domain=DOMAIN,
+                attrs={
+                    "K": linear.inputs,
+                    "N": linear.outputs,
+                    "bits": bits,
+                    "block_size": group_size,
+                },
+                inputs=[outer(name) for name in inputs],
+                outputs=[like(output) for output in linear.node.outputs],
+            )
+        ]
+
+
+def like(tensor: gs.Tensor) -> gs.Variable:
+    return gs.Variable(tensor.name, tensor.dtype, tensor.shape)
+
+
+def float_type(constant: gs.Constant) -> np.dtype:
+    """The float type of a weight, bfloat16 included, which onnx-graphsurgeon gives as a number."""
+    import onnx
+
+    dtype = constant.dtype
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """Two 4-bit numbers a byte, the low half first, along the last axis."""
+    return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _pack(values: np.ndarray) -> np.ndarray:
+    if values.shape[-1] % 2:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
+    return np.ascontiguousarray(values[..., 0::2] | (values[..., 1::2] << 4))

@@ -1,0 +1,139 @@
+"""ONNX in, river ONNX out: the passes in their order, with the check after each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+
+from river_compile.config import RiverConfig
+from river_compile.exporters.onnx_file import RIVER_CONFIG, tensor_bytes
+from river_compile.passes.onnx.find_layers import Anatomy, find_layers
+from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
+from river_compile.passes.onnx.grow_river import LinearLowering, River, RiverLinear, grow_river, plan_river
+from river_compile.passes.onnx.insert_exits import insert_exits
+from river_compile.passes.onnx.share_kv import share_kv
+from river_compile.passes.onnx.unfuse_skip_norms import unfuse_skip_norms
+from river_compile.passes.onnx.verify import Original, verify
+from river_compile.passes.quantizer import Quantizer
+
+__all__ = ["Rewrite", "count_nodes", "dissect", "rewrite", "survey"]
+
+log = logging.getLogger("river_compile")
+
+
+@dataclass
+class Rewrite:
+    """The rewritten model and what the passes found and made."""
+
+    model: onnx.ModelProto
+    anatomy: Anatomy
+    river: River
+    exit_points: tuple[int, ...]
+    backbone_bytes: int
+    added_nodes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def dissect(model: onnx.ModelProto, folder: Path | None) -> tuple[OnnxGraph, Anatomy]:
+    """Import a model, bring it into the form the passes expect, and find its layers.
+
+    Raises:
+        LayersNotFound: it is no decoder with a KV cache.
+    """
+    graph = import_model(model, folder)
+    unfuse_skip_norms(graph)
+    return graph, find_layers(graph)
+
+
+def rewrite(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    config: RiverConfig,
+    quantizer: Quantizer,
+    lowering: LinearLowering,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Rewrite:
+    """Give a decoder its exit river.
+
+    Args:
+        model: a decoder with a KV cache, read without external data; it is consumed.
+        folder: where its external data lies.
+        progress: is told layers quantized and layers in all.
+
+    Raises:
+        RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
+    """
+    nodes_before = len(model.graph.node)
+    backbone_bytes = sum(map(tensor_bytes, model.graph.initializer))
+    seconds: dict[str, float] = {}
+    ran: list[str] = []
+
+    def after(name: str, started: float) -> None:
+        seconds[name] = time.perf_counter() - started
+        ran.append(name)
+        verify(graph, original, anatomy, ran)
+        if config.dump_dir is not None:
+            _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
+
+    started = time.perf_counter()
+    graph, anatomy = dissect(model, folder)
+    original = Original.of(graph)
+    after("find_layers", started)
+    started = time.perf_counter()
+    river = grow_river(graph, anatomy, config, quantizer, lowering, progress)
+    after("grow_river", started)
+    started = time.perf_counter()
+    branches = share_kv(graph, anatomy, river, config.max_depth)
+    after("share_kv", started)
+    started = time.perf_counter()
+    exit_points = insert_exits(graph, anatomy, branches, config)
+    after("insert_exits", started)
+    graph.metadata[RIVER_CONFIG] = config.to_json()
+    graph.metadata["river.quantizer"] = quantizer.name
+    graph.metadata["river.layers"] = str(len(anatomy.layers))
+    rewritten = export_model(graph)
+    return Rewrite(
+        rewritten, anatomy, river, exit_points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds
+    )
+
+
+def survey(
+    model: onnx.ModelProto, folder: Path | None, config: RiverConfig
+) -> tuple[Anatomy, list[RiverLinear], list[str]]:
+    """What `rewrite` would do: the anatomy, the river's linear layers with their sizes, and notes. Reads no weight.
+
+    Raises: as `rewrite`.
+    """
+    graph, anatomy = dissect(model, folder)
+    river = plan_river(graph, anatomy, config)
+    return anatomy, river.linears, river.notes
+
+
+def count_nodes(graph: onnx.GraphProto) -> int:
+    """Nodes of a graph and of all its subgraphs."""
+    inner = sum(count_nodes(a.g) for node in graph.node for a in node.attribute if a.HasField("g"))
+    return len(graph.node) + inner
+
+
+def _dump(graph: OnnxGraph, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(onnx.printer.to_text(_without_weights(export_model(graph))))
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with large weights replaced by a mention of their type and shape, for reading."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.initializer[:]
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) <= 64:
+            shown.graph.initializer.append(tensor)
+        else:
+            dims = list(tensor.dims)
+            shown.graph.value_info.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, dims))
+    return shown

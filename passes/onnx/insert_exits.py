@@ -1,0 +1,132 @@
+"""Pass 4: let each token leave the backbone where its hidden state stops turning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from river_compile.config import RiverConfig
+from river_compile.passes.anatomy import CacheSlot, Layer
+from river_compile.passes.onnx.find_layers import Anatomy
+from river_compile.passes.onnx.graph import OnnxGraph, toposorted
+from river_compile.passes.onnx.twin import outer
+
+__all__ = ["EXIT_DEPTH", "TAU", "insert_exits"]
+
+TAU = "river.tau"
+EXIT_DEPTH = "river.exit_depth"
+_MASK = "attention_mask"
+_FLOAT32 = np.dtype(np.float32)
+_LAST_AXIS = "river/last_axis"
+
+
+def insert_exits(
+    graph: OnnxGraph, anatomy: Anatomy, branches: dict[int, gs.Node], config: RiverConfig
+) -> tuple[int, ...]:
+    """Make each layer's ``If`` follow the exit decision of the layers before it.
+
+    State transition similarity (paper, section 3): the cosine between a layer's input and output, per token, in float32.
+    The model exits after a layer iff the similarity of every token of every sequence lies above ``river.tau``, an
+    overridable initializer, float32 []. A similarity that is NaN or infinite is not above anything. The flag is sticky:
+    a river layer hands it on as true. Only the backbone branch computes similarity, so the river costs no decision.
+    Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence].
+
+    Requires: the Ifs that `share_kv` made of this graph.
+    Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [], the number of
+    backbone layers that ran, is an output if the config wants it. Returns the depths after which an exit may be decided.
+    """
+    points = tuple(depth for depth in config.exit_points(len(anatomy.layers)) if depth - 1 in branches)
+    threshold = _threshold(graph, anatomy, config.tau) if points else None
+    order = sorted(branches)
+    for index, following in zip(order, order[1:], strict=False):
+        beyond = branches[following].inputs[0]
+        flag = gs.Variable(f"river/exited.{index + 1}", bool, [1])
+        layer, branch = anatomy.layers[index], branches[index]
+        stay, go = branch.attrs["else_branch"], branch.attrs["then_branch"]
+        if threshold is not None and index + 1 in points:
+            _decide(stay, layer, threshold, beyond, f"backbone.{index}/river/")
+        else:
+            _pass_on(stay, beyond, f"backbone.{index}/river/")
+        _pass_on(go, branch.inputs[0], f"river.{index}/river/")
+        branch.outputs.append(flag)
+        branches[following].inputs[0] = flag
+    if config.extra_output:
+        _exit_depth(graph, [branches[index].inputs[0] for index in order], len(anatomy.layers))
+    graph.surgeon.nodes = toposorted(graph.nodes)
+    return points
+
+
+def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
+    """tau, float32 []; or [batch, sequence] with tau for each token and -inf for padding."""
+    threshold = graph.add_weight(TAU, np.array(tau, np.float32))
+    graph.overridable.append(TAU)
+    graph.add_weight(_LAST_AXIS, np.array([-1], np.int64))
+    tensors = {t.name: t for node in graph.nodes for t in [*node.inputs, *node.outputs]}
+    tensors |= {tensor.name: tensor for tensor in graph.surgeon.inputs}
+    mask = tensors.get(_MASK)
+    states = [tensors.get(layer.hidden_in) for layer in anatomy.layers]
+    ranks = {None if state is None or state.shape is None else len(state.shape) for state in states}
+    if mask is None or len(mask.shape or ()) != 2 or ranks != {3} or not _grows(graph, anatomy.layers[0].caches):
+        return threshold
+    chain = _Chain(graph.nodes, "river/padding/")
+    length = chain.add("Shape", [states[0]], np.int64, start=1, end=2)
+    start = chain.add("Neg", [length], np.int64)
+    end = graph.add_weight("river/padding/end", np.array([np.iinfo(np.int64).max], np.int64))
+    axis = graph.add_weight("river/padding/axis", np.array([1], np.int64))
+    current = chain.add("Slice", [mask, start, end, axis], mask.dtype)
+    real = chain.add("Cast", [current], bool, to=onnx.TensorProto.BOOL)
+    never = graph.add_weight("river/padding/never", np.array(-np.inf, np.float32))
+    return chain.add("Where", [real, threshold, never], _FLOAT32)
+
+
+def _grows(graph: OnnxGraph, caches: Sequence[CacheSlot]) -> bool:
+    """Whether the cache is as long as the tokens seen, so that the mask ends with the current ones."""
+    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.inputs}
+    shapes |= {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.outputs}
+    return bool(caches) and shapes[caches[0].past] != shapes[caches[0].present]
+
+
+class _Chain:
+    """Appends nodes to a node list, naming them and their one result after their operator."""
+
+    def __init__(self, nodes: list[gs.Node], prefix: str) -> None:
+        self.nodes, self.prefix = nodes, prefix
+
+    def add(self, op: str, inputs: Sequence[gs.Tensor], dtype: object, **attributes: object) -> gs.Variable:
+        name = f"{self.prefix}{op}_{len(self.nodes)}"
+        result = gs.Variable(name, dtype)
+        self.nodes.append(gs.Node(op, name, attrs=attributes, inputs=list(inputs), outputs=[result]))
+        return result
+
+
+def _decide(branch: gs.Graph, layer: Layer, threshold: gs.Tensor, beyond: gs.Tensor, prefix: str) -> None:
+    """Six nodes (eight unless float32). The comparison comes before the minimum, since a minimum may lose a NaN."""
+    chain = _Chain(branch.nodes, prefix)
+    states = [outer(layer.hidden_in), branch.outputs[0]]
+    if branch.outputs[0].dtype != _FLOAT32:
+        states = [chain.add("Cast", [state], _FLOAT32, to=onnx.TensorProto.FLOAT) for state in states]
+    before, after = (chain.add("LpNormalization", [state], _FLOAT32, axis=-1, p=2) for state in states)
+    product = chain.add("Mul", [before, after], _FLOAT32)
+    similarity = chain.add("ReduceSum", [product, outer(_LAST_AXIS)], _FLOAT32, keepdims=0)
+    above = chain.add("Greater", [similarity, outer(threshold.name)], bool)
+    decided = chain.add("ReduceMin", [above], bool, keepdims=0)
+    branch.outputs.append(chain.add("Or", [decided, outer(beyond.name)], bool))
+
+
+def _pass_on(branch: gs.Graph, flag: gs.Tensor, prefix: str) -> None:
+    branch.outputs.append(_Chain(branch.nodes, prefix).add("Identity", [outer(flag.name)], bool))
+
+
+def _exit_depth(graph: OnnxGraph, conditions: Sequence[gs.Tensor], layers: int) -> None:
+    chain = _Chain(graph.nodes, "river/depth/")
+    flags = chain.add("Concat", conditions, bool, axis=0)
+    numbers = chain.add("Cast", [flags], np.int64, to=onnx.TensorProto.INT64)
+    in_river = chain.add("ReduceSum", [numbers], np.int64, keepdims=0)
+    total = graph.add_weight("river/layers", np.array(layers, np.int64))
+    depth = gs.Variable(EXIT_DEPTH, np.int64, [])
+    graph.nodes.append(gs.Node("Sub", "river/depth", inputs=[total, in_river], outputs=[depth]))
+    graph.surgeon.outputs.append(depth)
+    graph.added_outputs.append(onnx.helper.make_tensor_value_info(EXIT_DEPTH, onnx.TensorProto.INT64, []))

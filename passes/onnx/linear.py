@@ -1,0 +1,95 @@
+"""Linear layers in an ONNX graph: a product with a constant matrix, in the forms that exporters write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from river_compile.passes.onnx.graph import OnnxGraph, Uses
+
+__all__ = ["QUANTIZED_OPS", "Linear", "find_linears"]
+
+QUANTIZED_OPS = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulBnb4"}
+
+_FLOATS = {"float32", "float16", "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer, ``y = x @ W (+ bias)``.
+
+    Fields:
+        node: the MatMul or Gemm.
+        name: the qualified name of the module it comes from, or one made of its place.
+        weight: the constant at the root of W.
+        transposed: whether the constant is W's transpose, [outputs, inputs].
+        bias: the name of the bias operand (Gemm only).
+    """
+
+    node: gs.Node
+    name: str
+    weight: gs.Constant
+    transposed: bool
+    bias: str | None = None
+
+    @property
+    def inputs(self) -> int:
+        return int(self.weight.shape[1 if self.transposed else 0])
+
+    @property
+    def outputs(self) -> int:
+        return int(self.weight.shape[0 if self.transposed else 1])
+
+    def matrix(self, graph: OnnxGraph) -> np.ndarray:
+        """W, float32 [inputs, outputs], read from the file now and not kept."""
+        values = graph.read(self.weight).astype(np.float32)
+        return np.ascontiguousarray(values.T if self.transposed else values)
+
+
+def find_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node], layer: str) -> list[Linear]:
+    """The linear layers among ``nodes``, in order. ``layer`` names the decoder layer where a node has no scope."""
+    found = []
+    for node in nodes:
+        linear = _as_linear(graph, uses, node, f"{layer}.linear.{len(found)}")
+        if linear is not None:
+            found.append(linear)
+    return found
+
+
+def _as_linear(graph: OnnxGraph, uses: Uses, node: gs.Node, fallback: str) -> Linear | None:
+    if node.domain not in (None, "", "ai.onnx") or node.op not in ("MatMul", "Gemm"):
+        return None
+    root, transposed = _constant_root(uses, node.inputs[1])
+    if root is None or len(root.shape) != 2 or str(root.dtype) not in _FLOATS | {"16"}:
+        return None
+    bias = None
+    if node.op == "Gemm":
+        if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
+            return None
+        transposed ^= bool(node.attrs.get("transB", 0))
+        bias = node.inputs[2].name if len(node.inputs) > 2 and node.inputs[2].name else None
+    return Linear(node, _name(graph, node) or fallback, root, transposed, bias)
+
+
+def _constant_root(uses: Uses, tensor: gs.Tensor) -> tuple[gs.Constant | None, bool]:
+    """The constant that a tensor is, seen through transposes, casts and identities; whether it is transposed."""
+    transposed = False
+    while not isinstance(tensor, gs.Constant):
+        node = uses.producer.get(tensor.name)
+        if node is None or node.op not in ("Transpose", "Cast", "Identity"):
+            return None, False
+        if node.op == "Transpose":
+            transposed = not transposed
+        tensor = node.inputs[0]
+    return tensor, transposed
+
+
+def _name(graph: OnnxGraph, node: gs.Node) -> str:
+    scopes = graph.scopes.get(id(node), ())
+    if len(scopes) > 1:
+        return scopes[-2]
+    path = node.name.strip("/").split("/")
+    return ".".join(path[:-1])

@@ -1,0 +1,56 @@
+"""The seam to quantizers: how a river weight is represented, apart from the algorithm that chooses its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+__all__ = ["QuantizedWeight", "Quantizer"]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A linear layer's weight on a grid of ``bits`` bits, in groups of ``group_size`` input channels.
+
+    Fields:
+        values: grid indices, uint8 [outputs, groups, group_size].
+        scales: float32 [outputs, groups].
+        zero_points: grid index of 0.0, uint8 [outputs, groups].
+        bits: 4 or 8.
+    """
+
+    values: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        return int(self.values.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes when packed: values and zero points in ``bits`` bits, scales in 16."""
+        return (self.values.size + self.zero_points.size) * self.bits // 8 + self.scales.size * 2
+
+    def dequantize(self) -> np.ndarray:
+        """The weight that this stands for, float32 [inputs, outputs]."""
+        centred = self.values.astype(np.float32) - self.zero_points[:, :, None].astype(np.float32)
+        weight = centred * self.scales[:, :, None].astype(np.float32)
+        return np.ascontiguousarray(weight.reshape(weight.shape[0], -1).T)
+
+
+class Quantizer(Protocol):
+    """Chooses the grid of a weight."""
+
+    name: str
+
+    def quantize(self, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
+        """Quantize a weight.
+
+        Args:
+            weight: float32 [inputs, outputs]; ``group_size`` divides inputs.
+        """
+        ...
