@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from river_compile.errors import ConfigError, MissingExtra
 from river_compile.passes.onnx.graph import OnnxGraph
-from river_compile.passes.onnx.linear import Linear
+from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight, Quantizer
 
@@ -65,31 +65,20 @@ class MatMulNBits:
             graph.add_weight(f"{name}.zero_points", pack(weight.zero_points)),
         )
 
-    def nodes(
-        self, linear: Linear, weight: Sequence[gs.Constant], bits: int, group_size: int, prefix: str
+    def product(
+        self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
     ) -> Sequence[gs.Node]:
-        inputs = [linear.node.inputs[0].name, *(constant.name for constant in weight)]
-        # g_idx, the fourth optional operand, is not used.
-        inputs += ["", linear.bias] if linear.bias else []
-        return [
-            gs.Node(
-                "MatMulNBits",
-                name=prefix + "MatMulNBits",
-                domain=DOMAIN,
-                attrs={
-                    "K": linear.inputs,
-                    "N": linear.outputs,
-                    "bits": bits,
-                    "block_size": group_size,
-                },
-                inputs=[outer(name) for name in inputs],
-                outputs=[like(output) for output in linear.node.outputs],
-            )
-        ]
-
-
-def like(tensor: gs.Tensor) -> gs.Variable:
-    return gs.Variable(tensor.name, tensor.dtype, tensor.shape)
+        # g_idx, the operand before the bias, is not used.
+        operands = [activation, *(constant.name for constant in weight), *(["", bias] if bias else [])]
+        node = gs.Node(
+            "MatMulNBits",
+            name=f"{output.name}/MatMulNBits",
+            domain=DOMAIN,
+            attrs={"K": shape.inputs, "N": shape.outputs, "bits": shape.bits, "block_size": shape.group_size},
+            inputs=[outer(name) for name in operands],
+            outputs=[output],
+        )
+        return [node]
 
 
 def float_type(constant: gs.Constant) -> np.dtype:

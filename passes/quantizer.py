@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,16 @@ class QuantizedWeight:
     def nbytes(self) -> int:
         """Bytes that the weight takes when packed: values and zero points in ``bits`` bits, scales in 16."""
         return (self.values.size + self.zero_points.size) * self.bits // 8 + self.scales.size * 2
+
+    @staticmethod
+    def side_by_side(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """One weight with the outputs of all parts, which lie on grids of one kind."""
+        return QuantizedWeight(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate([part.zero_points for part in parts]),
+            parts[0].bits,
+        )
 
     def dequantize(self) -> np.ndarray:
         """The weight that this stands for, float32 [inputs, outputs]."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from river_compile.config import RiverConfig
@@ -14,25 +15,35 @@ from river_compile.passes.anatomy import Layer
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses
 from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
-from river_compile.passes.onnx.twin import Twin, clone
+from river_compile.passes.onnx.twin import Twin, clone, outer
 from river_compile.passes.quantizer import QuantizedWeight, Quantizer
 
-__all__ = ["LinearLowering", "River", "RiverLinear", "grow_river", "plan_river"]
+__all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river"]
 
 
 class LinearLowering(Protocol):
-    """How a destination writes a quantized linear layer."""
+    """How a destination writes a product with a quantized weight."""
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
         """Put the weight into the graph's outer scope, its scales in the float type of ``like``."""
         ...
 
-    def nodes(
-        self, linear: Linear, weight: Sequence[gs.Constant], bits: int, group_size: int, prefix: str
+    def product(
+        self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
     ) -> Sequence[gs.Node]:
-        """The nodes that compute ``linear`` in a river layer; names of nodes and inner tensors start with ``prefix``,
-        operands and result are called as in the backbone."""
+        """The nodes that compute ``output = activation @ weight (+ bias)``; their names, and those of all that they
+        make in between, start with the name of ``output``."""
         ...
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """Width of activation and result, and the grid of the weight between them."""
+
+    inputs: int
+    outputs: int
+    bits: int
+    group_size: int
 
 
 @dataclass(frozen=True)
@@ -95,18 +106,17 @@ def grow_river(
     """
     river = plan_river(graph, anatomy, config)
     by_name = {node.name: node for node in graph.nodes}
-    grown: dict[tuple[str, bool, int, int], Sequence[gs.Constant]] = {}
+    grown: dict[str, Sequence[gs.Constant]] = {}
     planned: dict[int, list[RiverLinear]] = {}
     for linear in river.linears:
         planned.setdefault(linear.layer, []).append(linear)
     for done, (index, linears) in enumerate(planned.items()):
         progress(done, len(planned))
         nodes = [by_name[name] for name in anatomy.layers[index].nodes]
-        replaced = {
-            id(linear.source.node): _grow(graph, linear, quantizer, lowering, grown)
-            for linear in linears
-            if linear.bits is not None
-        }
+        replaced: dict[int, Sequence[gs.Node]] = {}
+        for together in _together(linears):
+            first, *others = (id(linear.source.node) for linear in together)
+            replaced |= {first: _grow(graph, together, quantizer, lowering, grown)} | dict.fromkeys(others, ())
         body = [twin for node in nodes for twin in replaced.get(id(node), (node,))]
         river.twins[index] = Twin(
             anatomy.layers[index], clone(nodes, f"backbone.{index}/"), clone(body, f"river.{index}/")
@@ -156,22 +166,50 @@ def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
     return RiverLinear(linear.name, layer.index, linear.weight.name, bits, group_size, nbytes, note, linear)
 
 
+def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
+    """The quantized linear layers, those side by side that multiply one activation on one grid as one product: a product
+    costs a fixed time besides its bytes (query, key and value; gate and up)."""
+    groups: dict[tuple[object, ...], list[RiverLinear]] = {}
+    for linear in linears:
+        if linear.bits is None:
+            continue
+        alone = linear.source.node.name if linear.source.bias else ""
+        key = (linear.source.node.inputs[0].name, linear.bits, linear.group_size, str(linear.source.weight.dtype), alone)
+        groups.setdefault(key, []).append(linear)
+    return list(groups.values())
+
+
 def _grow(
     graph: OnnxGraph,
-    planned: RiverLinear,
+    together: Sequence[RiverLinear],
     quantizer: Quantizer,
     lowering: LinearLowering,
-    grown: dict[tuple[str, bool, int, int], Sequence[gs.Constant]],
+    grown: dict[str, Sequence[gs.Constant]],
 ) -> Sequence[gs.Node]:
-    """Quantize one linear layer; the nodes that stand for it in the river."""
-    linear, bits, group_size = planned.source, planned.bits, planned.group_size
+    """Quantize the weights of one product; the nodes that stand for its linear layers in the river."""
+    bits, group_size = together[0].bits, together[0].group_size
     assert bits is not None and group_size is not None
-    key = (linear.weight.name, linear.transposed, bits, group_size)
-    if key not in grown:
-        weight = quantizer.quantize(linear.matrix(graph), bits, group_size)
-        name = f"river/{linear.weight.name}{'.T' if linear.transposed else ''}.q{bits}g{group_size}"
-        grown[key] = lowering.weights(graph, name, weight, linear.weight)
-    return lowering.nodes(linear, grown[key], bits, group_size, f"{linear.node.name}/")
+    sources = [linear.source for linear in together]
+    weights = [f"{source.weight.name}{'.T' if source.transposed else ''}" for source in sources]
+    name = f"river/{'+'.join(weights)}.q{bits}g{group_size}"
+    if name not in grown:
+        parts = [quantizer.quantize(source.matrix(graph), bits, group_size) for source in sources]
+        grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), sources[0].weight)
+    shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size)
+    first = sources[0].node
+    results = [gs.Variable(source.node.outputs[0].name, source.node.outputs[0].dtype) for source in sources]
+    if len(sources) == 1:
+        return lowering.product(first.inputs[0].name, grown[name], shape, sources[0].bias, results[0])
+    joined = gs.Variable(f"{first.name}/joined", results[0].dtype)
+    product = lowering.product(first.inputs[0].name, grown[name], shape, None, joined)
+    widths = [source.outputs for source in sources]
+    sizes = "river/split." + "+".join(map(str, widths))
+    if sizes not in graph.weights:
+        graph.add_weight(sizes, np.array(widths, np.int64))
+    split = gs.Node(
+        "Split", f"{first.name}/split", attrs={"axis": -1}, inputs=[joined, outer(sizes)], outputs=results
+    )
+    return [*product, split]
 
 
 def _fitting_group(inputs: int, wanted: int) -> int | None:

@@ -39,18 +39,18 @@ def insert_exits(
     backbone layers that ran, is an output if the config wants it. Returns the depths after which an exit may be decided.
     """
     points = tuple(depth for depth in config.exit_points(len(anatomy.layers)) if depth - 1 in branches)
-    threshold = _threshold(graph, anatomy, config.tau) if points else None
+    threshold = _threshold(graph, anatomy, config.tau)
     order = sorted(branches)
     for index, following in zip(order, order[1:], strict=False):
         beyond = branches[following].inputs[0]
         flag = gs.Variable(f"river/exited.{index + 1}", bool, [1])
         layer, branch = anatomy.layers[index], branches[index]
         stay, go = branch.attrs["else_branch"], branch.attrs["then_branch"]
-        if threshold is not None and index + 1 in points:
+        if index + 1 in points:
             _decide(stay, layer, threshold, beyond, f"backbone.{index}/river/")
         else:
             _pass_on(stay, beyond, f"backbone.{index}/river/")
-        _pass_on(go, branch.inputs[0], f"river.{index}/river/")
+        go.outputs.append(_constant_flag(go, f"river.{index}/river/stays"))
         branch.outputs.append(flag)
         branches[following].inputs[0] = flag
     if config.extra_output:
@@ -118,6 +118,14 @@ def _decide(branch: gs.Graph, layer: Layer, threshold: gs.Tensor, beyond: gs.Ten
 
 def _pass_on(branch: gs.Graph, flag: gs.Tensor, prefix: str) -> None:
     branch.outputs.append(_Chain(branch.nodes, prefix).add("Identity", [outer(flag.name)], bool))
+
+
+def _constant_flag(branch: gs.Graph, name: str) -> gs.Variable:
+    """True, as a constant: cheaper than handing on the condition that led into the branch."""
+    flag = gs.Variable(name, bool, [1])
+    value = gs.Constant(f"{name}/value", np.array([True]))
+    branch.nodes.append(gs.Node("Constant", name, attrs={"value": value}, outputs=[flag]))
+    return flag
 
 
 def _exit_depth(graph: OnnxGraph, conditions: Sequence[gs.Tensor], layers: int) -> None:
