@@ -17,6 +17,8 @@ __all__ = ["DOMAIN", "QUANTIZERS", "MatMulNBits", "RoundToNearest", "quantizer"]
 
 DOMAIN = "com.microsoft"
 
+_INT8_ACCURACY = 4
+
 
 class RoundToNearest:
     """Round to nearest on an asymmetric grid with integer zero points, by onnxruntime's own quantizer."""
@@ -55,7 +57,14 @@ def quantizer(name: str) -> Quantizer:
 
 
 class MatMulNBits:
-    """The river's linear layers as ``com.microsoft::MatMulNBits``, with activations in the model's float type."""
+    """The river's linear layers as ``com.microsoft::MatMulNBits``.
+
+    Args:
+        activations: "float" computes in the activation's own type; "int8" quantizes activations on the fly.
+    """
+
+    def __init__(self, activations: str = "float") -> None:
+        self._accuracy = {"accuracy_level": _INT8_ACCURACY} if activations == "int8" else {}
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
         pack = _pack if weight.bits == 4 else np.ascontiguousarray
@@ -74,7 +83,13 @@ class MatMulNBits:
             "MatMulNBits",
             name=f"{output.name}/MatMulNBits",
             domain=DOMAIN,
-            attrs={"K": shape.inputs, "N": shape.outputs, "bits": shape.bits, "block_size": shape.group_size},
+            attrs={
+                "K": shape.inputs,
+                "N": shape.outputs,
+                "bits": shape.bits,
+                "block_size": shape.group_size,
+                **self._accuracy,
+            },
             inputs=[outer(name) for name in operands],
             outputs=[output],
         )

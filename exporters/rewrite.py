@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -96,6 +97,8 @@ def rewrite(
     graph.metadata[RIVER_CONFIG] = config.to_json()
     graph.metadata["river.quantizer"] = quantizer.name
     graph.metadata["river.layers"] = str(len(anatomy.layers))
+    slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]
+    graph.metadata["river.cache"] = json.dumps(slots)
     rewritten = export_model(graph)
     return Rewrite(
         rewritten, anatomy, river, exit_points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds

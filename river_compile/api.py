@@ -98,7 +98,12 @@ def export(
             raise InputError(f"{target}: output and input are the same file")
         proto = onnx_file.load(source)
         result = rewrite.rewrite(
-            proto, source.parent, config, chosen, MatMulNBits(), lambda done, total: progress("quantize", done, total)
+            proto,
+            source.parent,
+            config,
+            chosen,
+            MatMulNBits(config.activations),
+            lambda done, total: progress("quantize", done, total),
         )
         written = time.perf_counter()
         onnx_file.save(
@@ -164,9 +169,7 @@ def plan(
     return report, anatomy.layers
 
 
-def _as_onnx(
-    model: str | Path | torch.nn.Module, stack: ExitStack, progress: Progress
-) -> tuple[Path, Path]:
+def _as_onnx(model: str | Path | torch.nn.Module, stack: ExitStack, progress: Progress) -> tuple[Path, Path]:
     """The ONNX file to rewrite, made in a temporary folder if need be, and the path that names it to the user."""
     from river_compile.exporters import hf
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from river_compile.errors import ConfigError
 
-__all__ = ["BITS", "GROUP_SIZES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "RiverConfig"]
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
+ACTIVATIONS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RiverConfig:
         bits_for: ``(pattern, bits)`` pairs, the first match wins over ``bits``; a pattern is a shell glob on a linear
             layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``).
         group_size: input channels that share one scale and zero point.
+        activations: what a river product computes with: "float", the model's own type (the paper's W4A16), or "int8",
+            faster on a CPU and another small loss (ONNX Runtime's accuracy level 4).
         quantizer: the name of the algorithm that chooses scales and zero points.
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
@@ -52,6 +55,7 @@ class RiverConfig:
     bits: int = 4
     bits_for: tuple[tuple[str, int], ...] = ()
     group_size: int = 32
+    activations: str = "float"
     quantizer: str = "rtn"
     extra_output: bool = True
     external_data: bool | None = None
@@ -71,6 +75,8 @@ class RiverConfig:
                 raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS}")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
+        if self.activations not in ACTIVATIONS:
+            raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
 

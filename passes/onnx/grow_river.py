@@ -174,7 +174,13 @@ def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
         if linear.bits is None:
             continue
         alone = linear.source.node.name if linear.source.bias else ""
-        key = (linear.source.node.inputs[0].name, linear.bits, linear.group_size, str(linear.source.weight.dtype), alone)
+        key = (
+            linear.source.node.inputs[0].name,
+            linear.bits,
+            linear.group_size,
+            str(linear.source.weight.dtype),
+            alone,
+        )
         groups.setdefault(key, []).append(linear)
     return list(groups.values())
 
@@ -206,9 +212,7 @@ def _grow(
     sizes = "river/split." + "+".join(map(str, widths))
     if sizes not in graph.weights:
         graph.add_weight(sizes, np.array(widths, np.int64))
-    split = gs.Node(
-        "Split", f"{first.name}/split", attrs={"axis": -1}, inputs=[joined, outer(sizes)], outputs=results
-    )
+    split = gs.Node("Split", f"{first.name}/split", attrs={"axis": -1}, inputs=[joined, outer(sizes)], outputs=results)
     return [*product, split]
 
 

@@ -8,7 +8,10 @@ from river_compile.passes.onnx.graph import OnnxGraph
 
 __all__ = ["unfuse_skip_norms"]
 
-_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization", "SkipLayerNormalization": "LayerNormalization"}
+_NORMS = {
+    "SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+    "SkipLayerNormalization": "LayerNormalization",
+}
 _SUM = 3
 
 

@@ -121,7 +121,9 @@ def _backbone_problem(graph: OnnxGraph, original: Original) -> str:
 def _text(node: gs.Node, prefix: str) -> str:
     """A node as text, without the prefix of its branch."""
     attributes = {k: v for k, v in node.attrs.items() if not isinstance(v, gs.Graph)}
-    shown = sorted(f"{key}={value.name if isinstance(value, gs.Constant) else value}" for key, value in attributes.items())
+    shown = sorted(
+        f"{key}={value.name if isinstance(value, gs.Constant) else value}" for key, value in attributes.items()
+    )
     operands = [tensor.name.removeprefix(prefix) for tensor in node.inputs]
     results = [tensor.name.removeprefix(prefix) for tensor in node.outputs]
     return f"{node.name.removeprefix(prefix)}: {results} = {node.domain or ''}.{node.op}{operands} {shown}"

@@ -1,0 +1,300 @@
+"""A small generation loop for exported models in ONNX Runtime: with a river, or the plain model to compare with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from river_compile.errors import ConfigError, InputError, MissingExtra
+
+__all__ = ["DEVICES", "Generation", "OnnxDecoder", "Step"]
+
+DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_CACHE_METADATA = "river.cache"
+_TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of a generation.
+
+    Fields:
+        tokens: the token chosen for each sequence; None for those that have stopped.
+        exit_depth: backbone layers that ran; None if the model does not tell.
+        seconds: wall time of the pass, sampling included.
+    """
+
+    tokens: tuple[int | None, ...]
+    exit_depth: int | None
+    seconds: float
+
+
+@dataclass
+class Generation:
+    """What a generation made: new tokens a sequence, stop tokens left out, and its forward passes (the first: prefill)."""
+
+    tokens: list[list[int]]
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def exit_depths(self) -> list[int]:
+        """Exit depth of each decode step."""
+        return [step.exit_depth for step in self.steps[1:] if step.exit_depth is not None]
+
+    @property
+    def mean_exit_depth(self) -> float:
+        """Mean exit depth over the decode steps; NaN if there is none."""
+        return float(np.mean(self.exit_depths)) if self.exit_depths else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode steps a second, by the median step; NaN if there is none."""
+        seconds = [step.seconds for step in self.steps[1:]]
+        return 1 / float(np.median(seconds)) if seconds else float("nan")
+
+
+class OnnxDecoder:
+    """A decoder with a KV cache in its signature, in ONNX Runtime.
+
+    The KV cache stays where the model wrote it: each pass's present is bound as the next one's past, on the device.
+
+    Args:
+        path: an exported river model, or the plain model it was made from.
+        device: "cpu" or "cuda".
+        threads: threads within an operator; the runtime's own choice if None.
+
+    Raises:
+        MissingExtra: onnxruntime (or its CUDA build) is not installed.
+        InputError: the file cannot be loaded, or has no ``input_ids``, ``logits`` or KV cache.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu", threads: int | None = None) -> None:
+        self._ort = _onnxruntime(device)
+        self.device = device
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file")
+        try:
+            self.session = self._ort.InferenceSession(str(path), options, providers=[DEVICES[device]])
+        except Exception as error:
+            raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        self._outputs = {value.name: value for value in self.session.get_outputs()}
+        self._overridable = {value.name for value in self.session.get_overridable_initializers()}
+        self.caches = self._find_caches()
+        if "input_ids" not in self._inputs or "logits" not in self._outputs or not self.caches:
+            raise InputError(f"{path}: no decoder: it needs input_ids, logits and a KV cache in its signature")
+        self.has_river = _TAU in self._overridable
+
+    @property
+    def layers(self) -> int | None:
+        """Decoder layers; None if the model does not tell."""
+        count = self.session.get_modelmeta().custom_metadata_map.get("river.layers")
+        return int(count) if count is not None else None
+
+    def _find_caches(self) -> list[tuple[str, str]]:
+        """Pairs of a past input and the present output that continues it."""
+        noted = self.session.get_modelmeta().custom_metadata_map.get(_CACHE_METADATA)
+        if noted is not None:
+            return [(past, present) for past, present in json.loads(noted)]
+        pasts = [name for name, value in self._inputs.items() if len(value.shape) >= 3]
+        presents = [name for name, value in self._outputs.items() if len(value.shape) >= 3 and name != "logits"]
+        return list(zip(pasts, presents, strict=False)) if len(pasts) == len(presents) else []
+
+    def start(self, batch: int) -> State:
+        """The state before the first token: an empty KV cache for ``batch`` sequences."""
+        values = {}
+        for past, present in self.caches:
+            shape, after = self._inputs[past].shape, self._outputs[present].shape
+            axis = next((i for i, (a, b) in enumerate(zip(shape, after, strict=True)) if a != b), 2)
+            sizes = [size if isinstance(size, int) else batch for size in shape]
+            sizes[axis] = 0
+            values[past] = self._empty(past, sizes)
+        return State(values, np.zeros((batch, 0), np.int64))
+
+    def _empty(self, name: str, sizes: list[int]) -> Any:
+        kind = self._inputs[name].type
+        if kind not in _NUMPY:
+            raise InputError(f"KV cache of type {kind}: only float and float16 run here")
+        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, _NUMPY[kind]), self.device, 0)
+
+    def forward(
+        self,
+        ids: np.ndarray,
+        state: State,
+        mask: np.ndarray | None = None,
+        tau: float | None = None,
+        max_depth: int | None = None,
+    ) -> tuple[np.ndarray, int | None]:
+        """Run tokens through the model and move the state on.
+
+        Args:
+            ids: int64 [batch, sequence].
+            state: of `start`; its KV cache is replaced by the one that holds these tokens as well.
+            mask: int64 [batch, sequence], 0 for padding; all real if None.
+            tau, max_depth: override the model's defaults for this pass.
+
+        Returns:
+            Logits, float32 [batch, sequence, vocabulary], and the exit depth if the model tells it.
+        """
+        mask = np.ones_like(ids) if mask is None else mask
+        state.mask = np.concatenate([state.mask, mask], axis=1)
+        positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": state.mask, "position_ids": positions}
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, setting, kind in ((_TAU, tau, np.float32), (_MAX_DEPTH, max_depth, np.int64)):
+            if setting is not None:
+                if name not in self._overridable:
+                    raise ConfigError(name.removeprefix("river."), "this model has no river")
+                binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(np.array(setting, kind)))
+        for past, value in state.caches.items():
+            binding.bind_ortvalue_input(past, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name in ("logits", _EXIT_DEPTH) else self.device)
+        self.session.run_with_iobinding(binding)
+        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        state.caches = {past: outputs[present] for past, present in self.caches}
+        depth = int(outputs[_EXIT_DEPTH].numpy()) if _EXIT_DEPTH in outputs else None
+        return outputs["logits"].numpy().astype(np.float32, copy=False), depth
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Generation:
+        """Continue one or more prompts; `stream` with the steps collected.
+
+        Args:
+            prompts: token ids, one list a sequence; shorter ones are padded on the left.
+            temperature: 0 is greedy; otherwise tokens are sampled, from the smallest set of at least ``top_p``.
+            stop_tokens: end a sequence; they are not part of the result.
+            seed: makes sampling repeatable.
+            on_step: is told each step as it is made.
+
+        Raises:
+            ConfigError: an argument has a value it cannot have.
+        """
+        result = Generation([[] for _ in prompts])
+        for step in self.stream(
+            prompts,
+            max_new_tokens,
+            tau=tau,
+            max_depth=max_depth,
+            temperature=temperature,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            seed=seed,
+        ):
+            result.steps.append(step)
+            for sequence, token in zip(result.tokens, step.tokens, strict=True):
+                if token is not None and token not in stop_tokens:
+                    sequence.append(token)
+            if on_step is not None:
+                on_step(step)
+        return result
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[Step]:
+        """Yield one step a forward pass until every sequence has stopped. Arguments and errors: see `generate`."""
+        _check_sampling(prompts, max_new_tokens, temperature, top_p)
+        sampler = np.random.default_rng(seed)
+        ids, mask = _pad_left(prompts)
+        state = self.start(len(prompts))
+        stopped = np.zeros(len(prompts), bool)
+        for _ in range(max_new_tokens):
+            started = time.perf_counter()
+            logits, depth = self.forward(ids, state, mask, tau, max_depth)
+            chosen = np.array([_choose(row, temperature, top_p, sampler) for row in logits[:, -1]], np.int64)
+            seconds = time.perf_counter() - started
+            yield Step(tuple(None if done else int(t) for t, done in zip(chosen, stopped, strict=True)), depth, seconds)
+            stopped |= np.isin(chosen, list(stop_tokens))
+            if stopped.all():
+                return
+            ids, mask = chosen[:, None], np.ones((len(prompts), 1), np.int64)
+
+
+@dataclass
+class State:
+    """The KV cache, on the device, by the name of the input it goes into; and which cached tokens are real."""
+
+    caches: dict[str, Any]
+    mask: np.ndarray
+
+
+def _onnxruntime(device: str) -> Any:
+    if device not in DEVICES:
+        raise ConfigError("device", f"{device!r} is none of {', '.join(DEVICES)}")
+    extra = "cpu" if device == "cpu" else "gpu"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnxruntime", extra, "running an exported model") from error
+    if DEVICES[device] not in onnxruntime.get_available_providers():
+        raise MissingExtra("onnxruntime-gpu", extra, f"running on {device}")
+    return onnxruntime
+
+
+def _check_sampling(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ConfigError("prompts", "each needs at least one token")
+    if max_new_tokens < 1:
+        raise ConfigError("max_new_tokens", f"must be 1 or more, not {max_new_tokens}")
+    if not temperature >= 0:
+        raise ConfigError("temperature", f"must be 0 (greedy) or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError("top_p", f"must lie in (0, 1], not {top_p}")
+
+
+def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    length = max(map(len, prompts))
+    ids = np.zeros((len(prompts), length), np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def _choose(logits: np.ndarray, temperature: float, top_p: float, sampler: np.random.Generator) -> int:
+    """A token by greedy choice, or sampled from the nucleus of mass ``top_p``."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled)
+    probabilities = np.exp(scaled[order] - scaled[order[0]])
+    probabilities /= probabilities.sum()
+    kept = int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1
+    probabilities = probabilities[:kept] / probabilities[:kept].sum()
+    return int(order[sampler.choice(len(probabilities), p=probabilities)])
