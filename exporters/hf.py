@@ -101,6 +101,7 @@ def export_decoder(model: nn.Module, path: Path, opset: int = MIN_OPSET) -> None
                     dynamic_shapes=(row, row, row if with_positions else None, [(slot, slot)] * len(past)),
                     input_names=names + [f"past_key_values.{index}.{kind}" for index, kind in pairs],
                     output_names=["logits", *(f"present.{index}.{kind}" for index, kind in pairs)],
+                    custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention_op},
                     verbose=False,
                 )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, AssertionError) as error:
@@ -173,6 +174,29 @@ def _grouped_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attention_op(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch's attention as ONNX's, which also takes one key head for many query heads, unlike torch's own translation.
+
+    Raises:
+        ValueError: it is used in a way that has no counterpart.
+    """
+    from onnxscript import opset23 as op
+
+    if dropout_p or len(query.shape) != 4 or query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+        raise ValueError("attention of a form that ONNX lacks")
+    output, _, _, _ = op.Attention(query, key, value, attn_mask, scale=scale, is_causal=int(is_causal))
+    return output
 
 
 @contextmanager
