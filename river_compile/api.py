@@ -70,8 +70,8 @@ def export(
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
 
     Args:
-        model: an ONNX file with a KV cache in its signature, a folder (or hub name) of a Hugging Face decoder, or such a
-            model itself; the latter two are exported to ONNX first (opset 23).
+        model: an ONNX file with a KV cache in its signature, a folder (or hub name) of a Hugging Face decoder, or such
+            a model itself; the latter two are exported to ONNX first (opset 23).
         output: the file to write; ``<model>.river.onnx`` beside the source if None. It is written whole or not at all.
         config: the settings; the defaults if None.
         progress: is told the step and how much of how much of it is done.

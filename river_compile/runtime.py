@@ -39,7 +39,7 @@ class Step:
 
 @dataclass
 class Generation:
-    """What a generation made: new tokens a sequence, stop tokens left out, and its forward passes (the first: prefill)."""
+    """What a generation made: new tokens a sequence, without stop tokens; its forward passes (the first: prefill)."""
 
     tokens: list[list[int]]
     steps: list[Step] = field(default_factory=list)

@@ -53,9 +53,7 @@ class Variant:
     agreement: float = float("nan")
 
     def generate(self, prompt: list[int], stop: int) -> None:
-        result = self.decoder.generate(
-            [prompt], NEW_TOKENS, tau=self.tau, max_depth=self.max_depth, stop_tokens=[stop]
-        )
+        result = self.decoder.generate([prompt], NEW_TOKENS, tau=self.tau, max_depth=self.max_depth, stop_tokens=[stop])
         self.tokens = result.tokens[0]
         self.seconds.append(1 / result.tokens_per_second)
         self.depths += result.exit_depths
@@ -142,7 +140,9 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
 
     from river_compile.exporters.onnx_file import tensor_bytes
 
-    sizes = {tensor.name: tensor_bytes(tensor) for tensor in onnx.load(plain, load_external_data=False).graph.initializer}
+    sizes = {
+        tensor.name: tensor_bytes(tensor) for tensor in onnx.load(plain, load_external_data=False).graph.initializer
+    }
     inside = {name for layer in layers for name in layer.weights}
     head = max(size for name, size in sizes.items() if name not in inside)
     return sum(sizes[name] for name in inside), report.river_bytes, head
@@ -169,7 +169,9 @@ def draw(rows: list[Variant], layers: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of generation (default 5)")
-    parser.add_argument("--output", type=Path, default=Path(".cache"), help="folder for models and plot (default .cache)")
+    parser.add_argument(
+        "--output", type=Path, default=Path(".cache"), help="folder for models and plot (default .cache)"
+    )
     arguments = parser.parse_args()
     cache = arguments.output
     cache.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,9 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2(cache / "smollm2"))
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+    )
     prompt = tokenizer(chat)["input_ids"]
     passage = tokenizer(PASSAGE)["input_ids"]
     rows = variants(plain, river, int8)
@@ -204,7 +208,12 @@ def main() -> None:
         ratio = statistics.median(base / own for base, own in zip(rows[0].seconds[1:], row.seconds[1:], strict=True))
         limit = speed / bytes_per_token(depth, layers, weights)
         table.add_row(
-            row.name, f"{rate:.1f}", f"{ratio:.2f}x", f"{depth:.1f}", f"{row.agreement:.0%}", f"{limit:.0f}",
+            row.name,
+            f"{rate:.1f}",
+            f"{ratio:.2f}x",
+            f"{depth:.1f}",
+            f"{row.agreement:.0%}",
+            f"{limit:.0f}",
             f"{rate / limit:.0%}",
         )
     console.print(table)

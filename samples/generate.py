@@ -1,6 +1,6 @@
 """Generate text with an exported river model.
 
-    python samples/generate.py MODEL.river.onnx TOKENIZER_FOLDER "prompt" [tau]
+python samples/generate.py MODEL.river.onnx TOKENIZER_FOLDER "prompt" [tau]
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _SOURCES = (_ROOT / "exporters" / "hf.py", _ROOT / "tests" / "families.py")
 
 @pytest.fixture(scope="session")
 def exported() -> Callable[[str], Path]:
-    """A family's small random model as ONNX, exported once and kept under .cache until something it depends on changes."""
+    """A family's small random model as ONNX, exported once and kept under .cache until its sources change."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Small random models of real architectures, shared by all tests. A sample of what exists, not a list of what is supported."""
+"""Small random models of real architectures, shared by all tests: a sample of what exists, not of what is supported."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _ordered(caches: tuple[CacheSlot, ...], graph: OnnxGraph) -> tuple[CacheSlot
 
 
 def _levels(graph: OnnxGraph, bounds: Sequence[str]) -> dict[int, int]:
-    """For the id of each node: 0 before the first layer, i + 1 if it depends on layer i's input and not on its output."""
+    """For the id of each node: 0 before the first layer, i + 1 if it depends on layer i's input and not its output."""
     of_tensor = {name: index + 1 for index, name in enumerate(bounds)}
     levels = {}
     for node in graph.nodes:

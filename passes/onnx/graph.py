@@ -181,8 +181,9 @@ def _live(nodes: Sequence[gs.Node], wanted: set[str]) -> list[gs.Node]:
 def _refer_outward(subgraph: gs.Graph, weights: dict[str, gs.Constant]) -> None:
     for node in subgraph.nodes:
         for index, tensor in enumerate(node.inputs):
-            if isinstance(tensor, gs.Constant) and weights.get(tensor.name) is tensor:
-                node.inputs[index] = gs.Variable(tensor.name)
+            weight = weights.get(tensor.name)
+            if weight is not None and weight is tensor:
+                node.inputs[index] = gs.Variable(weight.name)
 
 
 def toposorted(nodes: Sequence[gs.Node]) -> list[gs.Node]:

@@ -167,7 +167,7 @@ def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
 
 
 def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
-    """The quantized linear layers, those side by side that multiply one activation on one grid as one product: a product
+    """Quantized linear layers, those side by side that multiply one activation on one grid as one product: a product
     costs a fixed time besides its bytes (query, key and value; gate and up)."""
     groups: dict[tuple[object, ...], list[RiverLinear]] = {}
     for linear in linears:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ def insert_exits(
 ) -> tuple[int, ...]:
     """Make each layer's ``If`` follow the exit decision of the layers before it.
 
-    State transition similarity (paper, section 3): the cosine between a layer's input and output, per token, in float32.
+    State transition similarity (paper, section 3): the cosine between a layer's input and output, per token, in fp32.
     The model exits after a layer iff the similarity of every token of every sequence lies above ``river.tau``, an
     overridable initializer, float32 []. A similarity that is NaN or infinite is not above anything. The flag is sticky:
     a river layer hands it on as true. Only the backbone branch computes similarity, so the river costs no decision.
@@ -36,12 +37,12 @@ def insert_exits(
 
     Requires: the Ifs that `share_kv` made of this graph.
     Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [], the number of
-    backbone layers that ran, is an output if the config wants it. Returns the depths after which an exit may be decided.
+    backbone layers that ran, is an output if the config wants it. Returns the depths at which an exit may be decided.
     """
     points = tuple(depth for depth in config.exit_points(len(anatomy.layers)) if depth - 1 in branches)
     threshold = _threshold(graph, anatomy, config.tau)
     order = sorted(branches)
-    for index, following in zip(order, order[1:], strict=False):
+    for index, following in pairwise(order):
         beyond = branches[following].inputs[0]
         flag = gs.Variable(f"river/exited.{index + 1}", bool, [1])
         layer, branch = anatomy.layers[index], branches[index]

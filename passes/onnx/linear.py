@@ -51,7 +51,7 @@ class Linear:
 
 def find_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node], layer: str) -> list[Linear]:
     """The linear layers among ``nodes``, in order. ``layer`` names the decoder layer where a node has no scope."""
-    found = []
+    found: list[Linear] = []
     for node in nodes:
         linear = _as_linear(graph, uses, node, f"{layer}.linear.{len(found)}")
         if linear is not None:

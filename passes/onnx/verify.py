@@ -92,7 +92,7 @@ def _signature_problem(graph: OnnxGraph, original: Original) -> str:
 
 
 def _cache_problem(graph: OnnxGraph, anatomy: Anatomy) -> str:
-    """Each present is made by one outer node; if that is a layer's If, each branch makes it with one node of its own."""
+    """Each present is made by one outer node; if that is a layer's If, each branch makes it by one node of its own."""
     for layer in anatomy.layers:
         for slot in layer.caches:
             writers = [node for node in graph.nodes if any(output.name == slot.present for output in node.outputs)]

@@ -20,7 +20,7 @@ Exported = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module", params=NAMED)
-def case(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> "Case":
+def case(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(exported(request.param), tmp_path_factory.mktemp("river"))
 
 
