@@ -17,7 +17,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from river_compile.errors import InputError, RiverError
 
-__all__ = ["EXTERNAL_ABOVE", "RIVER_CONFIG", "load", "save", "tensor_bytes"]
+__all__ = ["EXTERNAL_ABOVE", "RIVER_CONFIG", "check_apart", "check_target", "load", "save", "tensor_bytes"]
 
 RIVER_CONFIG = "river.config"
 EXTERNAL_ABOVE = 1 << 30
@@ -79,6 +79,36 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         raise InputError(f"{path}: external data is truncated: {info.location} ends before weight {tensor.name!r} does")
 
 
+def check_target(path: Path) -> None:
+    """Before any work: the file can be written.
+
+    Raises:
+        InputError: it is a folder, or it lies in no folder that can be written to.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the file to write")
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written: {parent} is no folder that can be written to")
+
+
+def check_apart(target: Path, source: Path, model: onnx.ModelProto) -> None:
+    """Writing the target, and its external data, touches no file of the source.
+
+    Raises:
+        InputError: it would.
+    """
+    data = {ExternalDataInfo(tensor).location for tensor in _all_tensors(model.graph) if uses_external_data(tensor)}
+    inputs = {source.resolve(), *((source.parent / location).resolve() for location in data)}
+    for output in (target, _data_beside(target)):
+        if output.resolve() in inputs:
+            raise InputError(f"{target}: output and input are the same file: {output.name}")
+
+
+def _data_beside(path: Path) -> Path:
+    return path.with_name(path.name + ".data")
+
+
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Size of a tensor's data in bytes."""
     if uses_external_data(tensor) and ExternalDataInfo(tensor).length:
@@ -112,7 +142,7 @@ def save(
     external = total > EXTERNAL_ABOVE if external is None else external
     if not external and total > _PROTOBUF_LIMIT:
         raise RiverError(f"{path}: {total / 2**30:.1f} GB of weights do not fit into one file; use external data")
-    data_name = path.name + ".data"
+    data_name = _data_beside(path).name
     with _staging(path) as stage:
         for tensor in _all_tensors(model.graph):
             if uses_external_data(tensor) and not external:

@@ -15,14 +15,14 @@ from river_compile.config import RiverConfig
 from river_compile.exporters.onnx_file import RIVER_CONFIG, tensor_bytes
 from river_compile.passes.onnx.find_layers import Anatomy, find_layers
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
-from river_compile.passes.onnx.grow_river import LinearLowering, River, RiverLinear, grow_river, plan_river
-from river_compile.passes.onnx.insert_exits import insert_exits
+from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
+from river_compile.passes.onnx.insert_exits import exit_points, insert_exits
 from river_compile.passes.onnx.share_kv import share_kv
 from river_compile.passes.onnx.unfuse_skip_norms import unfuse_skip_norms
 from river_compile.passes.onnx.verify import Original, verify
 from river_compile.passes.quantizer import Quantizer
 
-__all__ = ["Rewrite", "count_nodes", "dissect", "rewrite", "survey"]
+__all__ = ["Rewrite", "count_nodes", "dissect", "exit_points", "rewrite", "survey"]
 
 log = logging.getLogger("river_compile")
 
@@ -92,7 +92,7 @@ def rewrite(
     branches = share_kv(graph, anatomy, river, config.max_depth)
     after("share_kv", started)
     started = time.perf_counter()
-    exit_points = insert_exits(graph, anatomy, branches, config)
+    points = insert_exits(graph, anatomy, branches, config)
     after("insert_exits", started)
     graph.metadata[RIVER_CONFIG] = config.to_json()
     graph.metadata["river.quantizer"] = quantizer.name
@@ -101,20 +101,17 @@ def rewrite(
     graph.metadata["river.cache"] = json.dumps(slots)
     rewritten = export_model(graph)
     return Rewrite(
-        rewritten, anatomy, river, exit_points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds
+        rewritten, anatomy, river, points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds
     )
 
 
-def survey(
-    model: onnx.ModelProto, folder: Path | None, config: RiverConfig
-) -> tuple[Anatomy, list[RiverLinear], list[str]]:
-    """What `rewrite` would do: the anatomy, the river's linear layers with their sizes, and notes. Reads no weight.
+def survey(model: onnx.ModelProto, folder: Path | None, config: RiverConfig) -> tuple[Anatomy, River]:
+    """What `rewrite` would do: the anatomy, and the river without its twins. Reads no weight.
 
     Raises: as `rewrite`.
     """
     graph, anatomy = dissect(model, folder)
-    river = plan_river(graph, anatomy, config)
-    return anatomy, river.linears, river.notes
+    return anatomy, plan_river(graph, anatomy, config)
 
 
 def count_nodes(graph: onnx.GraphProto) -> int:

@@ -6,12 +6,12 @@ from river_compile.config import RiverConfig
 from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
-    from river_compile.api import ExportReport, export, plan
+    from river_compile.api import ExportReport, Plan, export, plan
 
-__all__ = ["ExportReport", "RiverConfig", "RiverError", "__version__", "export", "plan"]
+__all__ = ["ExportReport", "Plan", "RiverConfig", "RiverError", "__version__", "export", "plan"]
 __version__ = "0.1.0"
 
-_HOME = {"ExportReport": "api", "export": "api", "plan": "api"}
+_HOME = {"ExportReport": "api", "Plan": "api", "export": "api", "plan": "api"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ConfigError, InputError
+from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from river_compile.passes.anatomy import Layer
 
-__all__ = ["ExportReport", "export", "plan"]
+__all__ = ["ExportReport", "Plan", "PlannedLinear", "export", "plan"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,6 +60,41 @@ class ExportReport:
         return json.dumps(asdict(self), indent=2)
 
 
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One linear layer of the river: its qualified name, its decoder layer, its width, and its grid.
+
+    ``bits`` and ``group_size`` are None where it stays in the backbone's float type; the report's notes say why.
+    """
+
+    name: str
+    layer: int
+    inputs: int
+    outputs: int
+    bits: int | None
+    group_size: int | None
+
+    @property
+    def grid(self) -> str:
+        """Bits and group size as text: ``4/32``, or ``float``."""
+        return "float" if self.bits is None else f"{self.bits}/{self.group_size}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export would make: the report, the decoder's layers, and the river's linear layers."""
+
+    report: ExportReport
+    layers: tuple[Layer, ...]
+    linears: tuple[PlannedLinear, ...]
+
+    def to_json(self) -> str:
+        """The plan as one JSON object: the report's fields, ``anatomy`` and ``linears``."""
+        layers = [asdict(layer) | {"nodes": len(layer.nodes)} for layer in self.layers]
+        linears = [asdict(linear) for linear in self.linears]
+        return json.dumps(asdict(self.report) | {"anatomy": layers, "linears": linears}, indent=2)
+
+
 def export(
     model: str | Path | torch.nn.Module,
     output: str | Path | None = None,
@@ -90,13 +125,13 @@ def export(
     config = config or RiverConfig()
     progress = progress or (lambda step, done, total: None)
     started = time.perf_counter()
+    target = Path(output) if output is not None else _beside(model)
+    onnx_file.check_target(target)
     chosen = quantizer(config.quantizer)
     with ExitStack() as stack:
-        source, label = _as_onnx(model, stack, progress)
-        target = Path(output) if output is not None else _beside(label)
-        if target.exists() and source.exists() and target.samefile(source):
-            raise InputError(f"{target}: output and input are the same file")
+        source, label = _as_onnx(model, target.parent, stack, progress)
         proto = onnx_file.load(source)
+        onnx_file.check_apart(target, source, proto)
         result = rewrite.rewrite(
             proto,
             source.parent,
@@ -105,7 +140,7 @@ def export(
             MatMulNBits(config.activations),
             lambda done, total: progress("quantize", done, total),
         )
-        written = time.perf_counter()
+        rewritten = time.perf_counter()
         onnx_file.save(
             result.model,
             target,
@@ -113,9 +148,9 @@ def export(
             config.external_data,
             lambda done, total: progress("write", done, total),
         )
-        seconds = result.seconds | {"write": time.perf_counter() - written, "total": time.perf_counter() - started}
+        seconds = result.seconds | {"write": time.perf_counter() - rewritten, "total": time.perf_counter() - started}
     return ExportReport(
-        source=str(label),
+        source=label,
         output=str(target),
         layers=len(result.anatomy.layers),
         found_by=result.anatomy.found_by,
@@ -133,8 +168,8 @@ def export(
 
 def plan(
     model: str | Path | torch.nn.Module, config: RiverConfig | None = None, *, progress: Progress | None = None
-) -> tuple[ExportReport, tuple[Layer, ...]]:
-    """What `export` would do, without quantizing or writing: the report, and the anatomy of the decoder.
+) -> Plan:
+    """What `export` would do, without quantizing or writing.
 
     Raises: as `export`.
     """
@@ -143,54 +178,60 @@ def plan(
     config = config or RiverConfig()
     started = time.perf_counter()
     with ExitStack() as stack:
-        source, label = _as_onnx(model, stack, progress or (lambda step, done, total: None))
+        source, label = _as_onnx(model, None, stack, progress or (lambda step, done, total: None))
         proto = onnx_file.load(source)
         backbone_bytes = sum(map(onnx_file.tensor_bytes, proto.graph.initializer))
-        anatomy, linears, notes = rewrite.survey(proto, source.parent, config)
+        anatomy, river = rewrite.survey(proto, source.parent, config)
     report = ExportReport(
-        source=str(label),
+        source=label,
         output=None,
         layers=len(anatomy.layers),
         found_by=anatomy.found_by,
         kinds=len({layer.kind for layer in anatomy.layers}),
-        river_layers=len({linear.layer for linear in linears}),
-        exit_points=tuple(
-            depth
-            for depth in config.exit_points(len(anatomy.layers))
-            if any(linear.layer == depth - 1 for linear in linears)
-        ),
+        river_layers=len({linear.layer for linear in river.linears}),
+        exit_points=rewrite.exit_points(anatomy, {linear.layer for linear in river.linears}, config),
         backbone_bytes=backbone_bytes,
-        river_bytes=sum(linear.nbytes for linear in linears),
+        river_bytes=river.nbytes,
         added_nodes=0,
         quantizer=config.quantizer,
-        notes=tuple(notes),
+        notes=tuple(river.notes),
         seconds={"total": round(time.perf_counter() - started, 3)},
     )
-    return report, anatomy.layers
+    linears = tuple(
+        PlannedLinear(
+            linear.name, linear.layer, linear.source.inputs, linear.source.outputs, linear.bits, linear.group_size
+        )
+        for linear in river.linears
+    )
+    return Plan(report, anatomy.layers, linears)
 
 
-def _as_onnx(model: str | Path | torch.nn.Module, stack: ExitStack, progress: Progress) -> tuple[Path, Path]:
-    """The ONNX file to rewrite, made in a temporary folder if need be, and the path that names it to the user."""
+def _as_onnx(
+    model: str | Path | torch.nn.Module, folder: Path | None, stack: ExitStack, progress: Progress
+) -> tuple[Path, str]:
+    """The ONNX file to rewrite, made in a temporary folder in ``folder`` if need be, and what to call the source."""
     from river_compile.exporters import hf
 
     if isinstance(model, (str, Path)):
         path = Path(model)
         if path.is_file() or path.suffix == ".onnx":
-            return path, path
-        module, label = hf.load_decoder(model), Path(path.name or "model")
-        label = path if path.is_dir() else label
+            return path, str(path)
+        module, label = hf.load_decoder(model), str(model)
     else:
-        module, label = model, Path(type(model).__name__)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="river-")))
+        module, label = model, type(model).__name__
+    temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".river-", dir=folder)))
     progress("export to ONNX", 0, 1)
-    hf.export_decoder(module, folder / "model.onnx")
+    hf.export_decoder(module, temporary / "model.onnx")
     progress("export to ONNX", 1, 1)
-    return folder / "model.onnx", label
+    return temporary / "model.onnx", label
 
 
-def _beside(source: Path) -> Path:
-    if source.suffix == ".onnx":
+def _beside(model: str | Path | torch.nn.Module) -> Path:
+    source = Path(model) if isinstance(model, (str, Path)) else None
+    if source is not None and source.suffix == ".onnx":
         return source.with_suffix(".river.onnx")
-    if source.is_dir():
+    if source is not None and source.is_dir():
         return source / "model.river.onnx"
-    raise ConfigError("output", f"say where to write: {source} is no file or folder")
+    if source is not None and source.is_file():
+        return source.with_name(source.name + ".river.onnx")
+    raise ConfigError("output", f"say where to write: {model if source else type(model).__name__} is no file or folder")

@@ -81,8 +81,8 @@ class RiverConfig:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
 
     def _check_numbers(self) -> None:
-        if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or math.isnan(self.tau):
-            raise ConfigError("tau", f"must be a number, not {self.tau!r}")
+        if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not math.isfinite(self.tau):
+            raise ConfigError("tau", f"must be a finite number, not {self.tau!r}")
         if self.tau < -1:
             raise ConfigError("tau", f"must lie in [-1, 1], or above 1 for 'never exit', not {self.tau!r}")
         counts = {"min_depth": (self.min_depth, 0), "exit_every": (self.exit_every, 1)}

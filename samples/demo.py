@@ -135,7 +135,7 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
     """Bytes of all backbone layers, of the river, and of the LM head (the tied embedding)."""
     from river_compile.api import plan
 
-    report, layers = plan(plain, config)
+    planned = plan(plain, config)
     import onnx
 
     from river_compile.exporters.onnx_file import tensor_bytes
@@ -143,9 +143,9 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
     sizes = {
         tensor.name: tensor_bytes(tensor) for tensor in onnx.load(plain, load_external_data=False).graph.initializer
     }
-    inside = {name for layer in layers for name in layer.weights}
+    inside = {name for layer in planned.layers for name in layer.weights}
     head = max(size for name, size in sizes.items() if name not in inside)
-    return sum(sizes[name] for name in inside), report.river_bytes, head
+    return sum(sizes[name] for name in inside), planned.report.river_bytes, head
 
 
 def draw(rows: list[Variant], layers: int, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +15,7 @@ from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, toposorted
 from river_compile.passes.onnx.twin import outer
 
-__all__ = ["EXIT_DEPTH", "TAU", "insert_exits"]
+__all__ = ["EXIT_DEPTH", "TAU", "exit_points", "insert_exits"]
 
 TAU = "river.tau"
 EXIT_DEPTH = "river.exit_depth"
@@ -39,7 +39,7 @@ def insert_exits(
     Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [], the number of
     backbone layers that ran, is an output if the config wants it. Returns the depths at which an exit may be decided.
     """
-    points = tuple(depth for depth in config.exit_points(len(anatomy.layers)) if depth - 1 in branches)
+    points = exit_points(anatomy, branches, config)
     threshold = _threshold(graph, anatomy, config.tau)
     order = sorted(branches)
     for index, following in pairwise(order):
@@ -58,6 +58,12 @@ def insert_exits(
         _exit_depth(graph, [branches[index].inputs[0] for index in order], len(anatomy.layers))
     graph.surgeon.nodes = toposorted(graph.nodes)
     return points
+
+
+def exit_points(anatomy: Anatomy, twins: Collection[int], config: RiverConfig) -> tuple[int, ...]:
+    """The depths at which an exit may be decided: after a layer with a twin, and before another one."""
+    last = max(twins, default=0)
+    return tuple(d for d in config.exit_points(len(anatomy.layers)) if d - 1 in twins and d <= last)
 
 
 def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:

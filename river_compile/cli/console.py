@@ -1,0 +1,68 @@
+"""What all commands share: one line for an error, and progress on standard error."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from river_compile.errors import RiverError
+
+__all__ = ["RiverCommand", "progress_bars"]
+
+
+class RiverCommand(click.Command):
+    """A command that answers a user's mistake with one line on standard error and exit status 2.
+
+    A termination signal unwinds like an interrupt, so that a half-written export is cleaned away.
+    """
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _one_line():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _terminate)
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (RiverError, click.UsageError) as error:
+        text = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        click.echo(f"error: {' '.join(text.split())}", err=True)
+        raise click.exceptions.Exit(2) from error
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows a step, how much of it is done, and of how much; on standard error, gone at the end."""
+    if quiet:
+        yield lambda step, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=None)
+            # A step of one piece has no fraction to show: the bar pulses until it is done.
+            progress.update(tasks[step], completed=done, total=total if total > 1 or done else None)
+
+        yield show

@@ -1,0 +1,232 @@
+"""`river-export`: a decoder in, a decoder with an exit river out."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from river_compile import __version__
+from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.config import ACTIVATIONS, BITS, GROUP_SIZES, RiverConfig
+from river_compile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from river_compile.api import ExportReport, Plan
+    from river_compile.passes.anatomy import Layer
+
+__all__ = ["main"]
+
+_DEFAULTS = RiverConfig()
+
+_EXAMPLES = """\b
+Examples:
+  river-export model.onnx                       writes model.river.onnx beside it
+  river-export model.onnx --dry-run             what is found and what would be made
+  river-export path/to/hf_model -o out.onnx     a Hugging Face folder, exported to ONNX first
+  river-export model.onnx --tau 0.95 --min-depth 2
+  river-export model.onnx --bits-for '*down_proj*=8' --keep-layers 0,-1
+  river-export model.onnx --activations int8    fastest on a CPU
+"""
+
+
+class _Layers(click.ParamType):
+    """``0,3,-1`` or ``26-29`` or both."""
+
+    name = "LIST"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        indices: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().rpartition("-")
+            try:
+                indices += range(int(first), int(last) + 1) if dash and first else [int(part)]
+            except ValueError:
+                raise ConfigError("keep_layers", f"{part.strip()!r} is no layer number and no range") from None
+        return tuple(indices)
+
+
+class _BitsFor(click.ParamType):
+    """``PATTERN=BITS``."""
+
+    name = "PATTERN=BITS"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        pattern, equals, bits = str(value).rpartition("=")
+        if not equals or not pattern or not bits.isdigit():
+            raise ConfigError("bits_for", f"{value!r} is not of the form 'PATTERN=BITS', such as '*down_proj*=8'")
+        return pattern, int(bits)
+
+
+def _choice(values: tuple[object, ...]) -> click.Choice[str]:
+    return click.Choice([str(value) for value in values])
+
+
+@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: MODEL.river.onnx]")
+@click.option(
+    "--tau",
+    type=float,
+    default=_DEFAULTS.tau,
+    show_default=True,
+    help="Exit where the similarity of a layer's input and output lies above this; in [-1, 1], above 1: never exit. "
+    "Stored as the default of the model's input river.tau, which can be set anew in every run.",
+)
+@click.option(
+    "--min-depth", type=int, default=_DEFAULTS.min_depth, show_default=True, help="Layers run before any exit."
+)
+@click.option("--max-depth", type=int, help="Leave after this many layers at the latest; 0: all river.")
+@click.option(
+    "--exit-every", type=int, metavar="K", default=1, show_default=True, help="An exit after every K-th layer."
+)
+@click.option("--keep-layers", type=_Layers(), default=(), help="Layers without a river twin, such as 0,3,-1 or 26-29.")
+@click.option(
+    "--bits", type=_choice(BITS), default=str(_DEFAULTS.bits), show_default=True, help="Bits of a river weight."
+)
+@click.option(
+    "--bits-for",
+    type=_BitsFor(),
+    multiple=True,
+    help="Bits for linear layers, or decoder layers (layers.3), whose name matches; repeatable, the first match wins.",
+)
+@click.option(
+    "--group-size",
+    type=_choice(GROUP_SIZES),
+    default=str(_DEFAULTS.group_size),
+    show_default=True,
+    help="Weights that share a scale.",
+)
+@click.option(
+    "--activations",
+    type=_choice(ACTIVATIONS),
+    default=_DEFAULTS.activations,
+    show_default=True,
+    help="What river products compute with: the model's own float type, or int8, faster on a CPU.",
+)
+@click.option("--quantizer", default=_DEFAULTS.quantizer, show_default=True, help="Algorithm that makes the river.")
+@click.option("--no-extra-output", is_flag=True, help="Leave out the output river.exit_depth.")
+@click.option(
+    "--external-data/--no-external-data",
+    default=None,
+    help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
+)
+@click.option("--dry-run", is_flag=True, help="Show the decoder's anatomy and the plan; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the graph after each pass into this folder.")
+@click.version_option(__version__, prog_name="river-export")
+def main(
+    model: str,
+    output: Path | None,
+    tau: float,
+    min_depth: int,
+    max_depth: int | None,
+    exit_every: int,
+    keep_layers: tuple[int, ...],
+    bits: str,
+    bits_for: tuple[tuple[str, int], ...],
+    group_size: str,
+    activations: str,
+    quantizer: str,
+    no_extra_output: bool,
+    external_data: bool | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    dump_dir: Path | None,
+) -> None:
+    """Give a decoder-only language model an exit river.
+
+    MODEL is an ONNX file with a KV cache in its signature, or a folder or hub name of a Hugging Face model. The result
+    has the same inputs and outputs, and runs in ONNX Runtime wherever the original does.
+    """
+    config = RiverConfig(
+        tau=tau,
+        max_depth=max_depth,
+        min_depth=min_depth,
+        exit_every=exit_every,
+        keep_layers=keep_layers,
+        bits=int(bits),
+        bits_for=bits_for,
+        group_size=int(group_size),
+        activations=activations,
+        quantizer=quantizer,
+        extra_output=not no_extra_output,
+        external_data=external_data,
+        dump_dir=dump_dir,
+    )
+    from river_compile.api import export, plan
+
+    console = Console(quiet=quiet, highlight=False)
+    with progress_bars(quiet or as_json) as progress:
+        if dry_run:
+            planned = plan(model, config, progress=progress)
+            report, text = planned.report, planned.to_json()
+        else:
+            planned = None
+            report = export(model, output, config, progress=progress)
+            text = report.to_json()
+    if as_json:
+        click.echo(text)
+    elif planned is not None:
+        _show_plan(console, planned)
+    else:
+        _show_report(console, report)
+
+
+def _show_report(console: Console, report: ExportReport) -> None:
+    table = Table(box=box.SIMPLE, show_header=False)
+    for label, value in _rows(report):
+        table.add_row(label, value)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if report.output is not None:
+        console.print(f"wrote {report.output}", soft_wrap=True)
+
+
+def _rows(report: ExportReport) -> list[tuple[str, str]]:
+    kinds = f" of {report.kinds} kinds" if report.kinds > 1 else ""
+    points = report.exit_points
+    where = f" (after layers {points[0]} to {points[-1]})" if len(points) > 1 else ""
+    return [
+        ("decoder layers", f"{report.layers}{kinds}, found by {report.found_by}"),
+        ("river layers", f"{report.river_layers}"),
+        ("river", f"{_megabytes(report.river_bytes)} beside a model of {_megabytes(report.backbone_bytes)}"),
+        ("quantizer", report.quantizer),
+        ("exit points", f"{len(points)}{where}"),
+        *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
+        ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
+    ]
+
+
+def _show_plan(console: Console, plan: Plan) -> None:
+    _show_report(console, plan.report)
+    table = Table(box=box.SIMPLE, title="Decoder layers", title_justify="left")
+    for column in ("layers", "kind", "nodes", "cache slots", "river linears (bits/group size)"):
+        table.add_column(column, overflow="fold")
+    for row, alike in groupby(plan.layers, key=lambda layer: _plan_row(plan, layer)):
+        indices = [layer.index for layer in alike]
+        table.add_row(f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), *row)
+    console.print(table)
+    console.print("dry run: nothing written")
+
+
+def _plan_row(plan: Plan, layer: Layer) -> tuple[str, ...]:
+    linears = [linear for linear in plan.linears if linear.layer == layer.index]
+    shown = ", ".join(f"{linear.name.rsplit('.', 1)[-1]} {linear.grid}" for linear in linears)
+    return str(layer.kind), str(len(layer.nodes)), str(len(layer.caches)), shown or "none: backbone only"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
