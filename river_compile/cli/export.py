@@ -35,36 +35,27 @@ Examples:
 """
 
 
-class _Layers(click.ParamType):
+def _layers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
     """``0,3,-1`` or ``26-29`` or both."""
-
-    name = "LIST"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        indices: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().rpartition("-")
-            try:
-                indices += range(int(first), int(last) + 1) if dash and first else [int(part)]
-            except ValueError:
-                raise ConfigError("keep_layers", f"{part.strip()!r} is no layer number and no range") from None
-        return tuple(indices)
+    indices: list[int] = []
+    for part in filter(None, value.split(",")):
+        first, dash, last = part.strip().rpartition("-")
+        try:
+            indices += range(int(first), int(last) + 1) if dash and first else [int(part)]
+        except ValueError:
+            raise ConfigError("keep_layers", f"{part.strip()!r} is no layer number and no range") from None
+    return tuple(indices)
 
 
-class _BitsFor(click.ParamType):
-    """``PATTERN=BITS``."""
-
-    name = "PATTERN=BITS"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        pattern, equals, bits = str(value).rpartition("=")
+def _bits_for(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """``PATTERN=BITS``, any number of times."""
+    pairs = []
+    for text in value:
+        pattern, equals, bits = text.rpartition("=")
         if not equals or not pattern or not bits.isdigit():
-            raise ConfigError("bits_for", f"{value!r} is not of the form 'PATTERN=BITS', such as '*down_proj*=8'")
-        return pattern, int(bits)
+            raise ConfigError("bits_for", f"{text!r} is not of the form 'PATTERN=BITS', such as '*down_proj*=8'")
+        pairs.append((pattern, int(bits)))
+    return tuple(pairs)
 
 
 def _choice(values: tuple[object, ...]) -> click.Choice[str]:
@@ -89,13 +80,20 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
 @click.option(
     "--exit-every", type=int, metavar="K", default=1, show_default=True, help="An exit after every K-th layer."
 )
-@click.option("--keep-layers", type=_Layers(), default=(), help="Layers without a river twin, such as 0,3,-1 or 26-29.")
+@click.option(
+    "--keep-layers",
+    callback=_layers,
+    metavar="LIST",
+    default="",
+    help="Layers without a river twin, such as 0,3,-1 or 26-29.",
+)
 @click.option(
     "--bits", type=_choice(BITS), default=str(_DEFAULTS.bits), show_default=True, help="Bits of a river weight."
 )
 @click.option(
     "--bits-for",
-    type=_BitsFor(),
+    callback=_bits_for,
+    metavar="PATTERN=BITS",
     multiple=True,
     help="Bits for linear layers, or decoder layers (layers.3), whose name matches; repeatable, the first match wins.",
 )
