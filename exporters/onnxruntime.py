@@ -60,10 +60,10 @@ class MatMulNBits:
     """The river's linear layers as ``com.microsoft::MatMulNBits``.
 
     Args:
-        activations: "float" computes in the activation's own type; "int8" quantizes activations on the fly.
+        activations: see `RiverConfig.activations`.
     """
 
-    def __init__(self, activations: str = "float") -> None:
+    def __init__(self, activations: str) -> None:
         self._accuracy = {"accuracy_level": _INT8_ACCURACY} if activations == "int8" else {}
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:

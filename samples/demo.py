@@ -9,6 +9,7 @@ thresholds, interleaved in one run, and draws the exit depths.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -30,13 +32,13 @@ from river_compile.runtime import OnnxDecoder
 
 QUESTION = "What is the capital of France?"
 TAUS = (0.98, 0.95, 0.9)
-NEW_TOKENS = 24
+NEW_TOKENS = 32
 PASSAGE = """A lighthouse is a tower built to send out light from a system of lamps and lenses, and to serve as a beacon
 for pilots at sea or on inland waterways. Lighthouses mark dangerous coastlines, reefs, rocks and safe entries to
 harbours. Once widely used, the number of working lighthouses has declined because of the cost of keeping them and the
 spread of electronic navigation, which is cheaper and often more exact."""
 
-console = Console(width=118)
+console = Console(width=130, highlight=False)
 
 
 @dataclass
@@ -52,8 +54,9 @@ class Variant:
     tokens: list[int] = field(default_factory=list)
     agreement: float = float("nan")
 
-    def generate(self, prompt: list[int], stop: int) -> None:
-        result = self.decoder.generate([prompt], NEW_TOKENS, tau=self.tau, max_depth=self.max_depth, stop_tokens=[stop])
+    def generate(self, prompt: list[int]) -> None:
+        """One round. Tokens after the stop token are generated as well, so that every row times as many."""
+        result = self.decoder.generate([prompt], NEW_TOKENS, tau=self.tau, max_depth=self.max_depth)
         self.tokens = result.tokens[0]
         self.seconds.append(1 / result.tokens_per_second)
         self.depths += result.exit_depths
@@ -77,8 +80,8 @@ def timed(what: str) -> Iterator[None]:
 
 
 def exported(cache: Path) -> tuple[Path, Path, Path]:
-    """The plain model, the river model, and the river with int8 activations; each made once."""
-    plain, river, int8 = cache / "smollm2.onnx", cache / "smollm2.river.onnx", cache / "smollm2.river.int8.onnx"
+    """The plain model, the river model, and the river with float activations (W4A16)."""
+    plain, river, w4a16 = cache / "smollm2.onnx", cache / "smollm2.river.onnx", cache / "smollm2.river.w4a16.onnx"
     if not plain.exists():
         with timed("Reading SmolLM2-135M and exporting it to ONNX (opset 23, about a minute and a half)"):
             from river_compile.exporters.hf import export_decoder, load_decoder
@@ -91,24 +94,24 @@ def exported(cache: Path) -> tuple[Path, Path, Path]:
             (part / plain.name).rename(plain)
     with timed("Growing the river"):
         report = river_compile.export(plain, river, RiverConfig(tau=TAUS[-1]))
-        river_compile.export(plain, int8, RiverConfig(tau=TAUS[-1], activations="int8"))
+        river_compile.export(plain, w4a16, RiverConfig(tau=TAUS[-1], activations="float"))
     console.print(
         f"{report.layers} decoder layers, found by {report.found_by}; river {report.river_bytes / 1e6:.0f} MB "
         f"beside a backbone of {report.backbone_bytes / 1e6:.0f} MB; {report.added_nodes} nodes added"
     )
-    return plain, river, int8
+    return plain, river, w4a16
 
 
-def variants(plain: Path, river: Path, int8: Path) -> list[Variant]:
-    with_river, with_int8 = OnnxDecoder(river), OnnxDecoder(int8)
+def variants(plain: Path, river: Path, w4a16: Path) -> list[Variant]:
+    with_river, with_float = OnnxDecoder(river), OnnxDecoder(w4a16)
     return [
         Variant("backbone (plain model)", OnnxDecoder(plain)),
         Variant("river, exits off", with_river, tau=2.0),
         *(Variant(f"river, tau {tau}", with_river, tau=tau) for tau in TAUS),
         Variant("river, exit depth 4", with_river, tau=2.0, max_depth=4),
         Variant("all 4-bit", with_river, max_depth=0),
-        Variant("river, exit depth 4, int8 act.", with_int8, tau=2.0, max_depth=4),
-        Variant("all 4-bit, int8 activations", with_int8, max_depth=0),
+        Variant("river, exit depth 4, W4A16", with_float, tau=2.0, max_depth=4),
+        Variant("all 4-bit, W4A16", with_float, max_depth=0),
     ]
 
 
@@ -154,6 +157,7 @@ def draw(rows: list[Variant], layers: int, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     shown = [row for row in rows if row.name.startswith("river, tau")]
     figure, axes = pyplot.subplots(len(shown), 1, sharex=True, figsize=(8, 2 * len(shown)), layout="constrained")
     for axis, row in zip(axes, shown, strict=True):
@@ -166,6 +170,11 @@ def draw(rows: list[Variant], layers: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def _until(tokenizer: Any, tokens: list[int]) -> str:
+    stop = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    return str(tokenizer.decode(tokens[:stop]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of generation (default 5)")
@@ -175,9 +184,12 @@ def main() -> None:
     arguments = parser.parse_args()
     cache = arguments.output
     cache.mkdir(parents=True, exist_ok=True)
-    plain, river, int8 = exported(cache)
-
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    plain, river, w4a16 = exported(cache)
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2(cache / "smollm2"))
     chat = tokenizer.apply_chat_template(
@@ -185,11 +197,11 @@ def main() -> None:
     )
     prompt = tokenizer(chat)["input_ids"]
     passage = tokenizer(PASSAGE)["input_ids"]
-    rows = variants(plain, river, int8)
+    rows = variants(plain, river, w4a16)
     with timed(f"Generating {arguments.rounds} times {NEW_TOKENS} tokens with each of {len(rows)}, interleaved"):
         for _ in range(arguments.rounds + 1):
             for row in rows:
-                row.generate(prompt, tokenizer.eos_token_id)
+                row.generate(prompt)
     with timed(f"Reading a passage of {len(passage)} tokens with each"):
         expected = rows[0].teacher_forced(passage)
         for row in rows:
@@ -198,7 +210,10 @@ def main() -> None:
     layers = rows[1].decoder.layers
     assert layers is not None
     weights, speed = weigh(plain, RiverConfig()), bandwidth()
-    table = Table(title=f"SmolLM2-135M float32, ONNX Runtime, CPU, batch 1, decode; memory {speed / 1e9:.1f} GB/s")
+    table = Table(
+        title=f"SmolLM2-135M float32, ONNX Runtime, CPU, batch 1, decode; "
+        f"agreement over {len(passage)} tokens; memory {speed / 1e9:.1f} GB/s"
+    )
     for column in ("", "tokens/s", "ratio", "mean exit depth", "top-1 agreement", "byte limit tokens/s", "reached"):
         table.add_column(column, justify="left" if not column else "right")
     for row in rows:
@@ -219,7 +234,7 @@ def main() -> None:
     console.print(table)
     console.print(f"[bold]{QUESTION}[/bold]")
     for row in rows:
-        console.print(f"  {row.name:32s} {tokenizer.decode(row.tokens)!r}", highlight=False)
+        console.print(f"  {row.name:32s} {_until(tokenizer, row.tokens)!r}")
     picture = cache / "exit_depths.png"
     draw(rows, layers, picture)
     console.print(f"Exit depths: {picture}")

@@ -80,8 +80,15 @@ class River:
     @property
     def notes(self) -> list[str]:
         """What did not go as asked, a line each."""
-        lines = [f"layer {index} stays backbone only: {why}" for index, why in sorted(self.kept.items())]
-        return lines + [f"{linear.name}: {linear.note}" for linear in self.linears if linear.note]
+        reasons: dict[str, list[int]] = {}
+        for index, why in sorted(self.kept.items()):
+            reasons.setdefault(why, []).append(index)
+        lines = [f"backbone only, {why}: layers {_ranges(layers)}" for why, layers in reasons.items()]
+        remarks: dict[str, list[str]] = {}
+        for linear in self.linears:
+            if linear.note:
+                remarks.setdefault(linear.note, []).append(linear.name)
+        return lines + [f"{note}: {_some(names)}" for note, names in remarks.items()]
 
 
 def grow_river(
@@ -214,6 +221,21 @@ def _grow(
         graph.add_weight(sizes, np.array(widths, np.int64))
     split = gs.Node("Split", f"{first.name}/split", attrs={"axis": -1}, inputs=[joined, outer(sizes)], outputs=results)
     return [*product, split]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-2, 5`` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} linear layers, such as {names[0]}"
 
 
 def _fitting_group(inputs: int, wanted: int) -> int | None:

@@ -30,7 +30,7 @@ class Case:
     def __init__(self, original: Path, folder: Path) -> None:
         self.original = original
         self.river = folder / "model.river.onnx"
-        self.report: ExportReport = export(original, self.river, RiverConfig(tau=2.0))
+        self.report: ExportReport = export(original, self.river, RiverConfig(tau=2.0, activations="float"))
         self.oracle = Oracle(original, self.river)
         self.session = session(self.river)
 
