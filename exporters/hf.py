@@ -111,7 +111,10 @@ def export_decoder(model: nn.Module, path: Path, opset: int = MIN_OPSET) -> None
         _name_dimensions(program.model.graph)
         program.save(str(path), external_data=True)
         return
-    raise InputError(f"torch cannot export the model to ONNX: {str(last_error).strip().splitlines()[0]}")
+    root = last_error
+    while root is not None and root.__cause__ is not None:
+        root = root.__cause__  # type: ignore[assignment]
+    raise InputError(f"torch cannot export the model to ONNX: {' '.join(str(root).split())[:300]}") from last_error
 
 
 def _example_past(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:

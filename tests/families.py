@@ -66,6 +66,10 @@ NAMED = ("llama", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gemma"
 """The families that every lowering is checked on at every depth; the others are checked where it is cheap."""
 
 
+NOT_EXPORTED = ("mpt",)
+"""Families whose code torch.export itself refuses at dynamic lengths."""
+
+
 def random_model(family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A random model in eval mode. Weights are twice the usual size and norms off 1, so that layers really differ."""
     torch.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,9 +46,9 @@ def find_layers(graph: OnnxGraph) -> Anatomy:
     stream = find_stream(graph, uses)
     if not stream.cache_segments:
         raise LayersNotFound("the model has no KV cache in its signature: no output continues one of its inputs")
-    finders: dict[str, Callable[[gs.Node], Sequence[str]]] = {
+    finders: dict[str, Callable[[gs.Node], Iterable[str]]] = {
         "metadata": lambda node: graph.scopes.get(id(node), ()),
-        "names": lambda node: (node.name,),
+        "names": lambda node: filter(None, [graph.file_names.get(id(node))]),
     }
     for how, scopes_of in finders.items():
         bounds = _bounds_by_scope(stream, scopes_of)
@@ -60,7 +60,7 @@ def find_layers(graph: OnnxGraph) -> Anatomy:
     return Anatomy(_layers(graph, uses, stream, bounds), "structure")
 
 
-def _bounds_by_scope(stream: Stream, scopes_of: Callable[[gs.Node], Sequence[str]]) -> list[str]:
+def _bounds_by_scope(stream: Stream, scopes_of: Callable[[gs.Node], Iterable[str]]) -> list[str]:
     """The hidden states between layers, by the numbered container in the nodes' scopes that all cache writes lie in."""
     tags = [{tag for scope in scopes_of(node) for tag in _tags(scope)} for s in stream.segments for node in s.nodes]
     containers = Counter(container for found in tags for container, _ in found)
@@ -80,7 +80,7 @@ def _tags(scope: str) -> list[tuple[str, int]]:
     return [(scope[: match.start()], int(match.group())) for match in _INDEXED.finditer(scope)]
 
 
-def _label(segment: Segment, scopes_of: Callable[[gs.Node], Sequence[str]], container: str) -> int | None:
+def _label(segment: Segment, scopes_of: Callable[[gs.Node], Iterable[str]], container: str) -> int | None:
     """The layer that most of a segment's nodes name."""
     votes = Counter(
         number

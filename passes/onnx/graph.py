@@ -35,6 +35,7 @@ class OnnxGraph:
         surgeon: the graph; every pass works on its node list.
         weights: all constants of the outer scope by name, those that only subgraphs read included.
         scopes: for the id of a node, the module scopes that torch.onnx.export noted for it, outermost first.
+        file_names: for the id of a node, the name that it has in the file, if it has one.
         inputs, outputs: the signature as it was in the file.
         overridable: names of weights that are graph inputs as well (a default, settable per run).
         added_outputs: outputs that the passes add, after the original ones.
@@ -45,6 +46,7 @@ class OnnxGraph:
     surgeon: gs.Graph
     weights: dict[str, gs.Constant]
     scopes: dict[int, tuple[str, ...]]
+    file_names: dict[int, str]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[onnx.ValueInfoProto]
     overridable: list[str] = field(default_factory=list)
@@ -126,12 +128,15 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
     for node in surgeon.nodes:
         for subgraph in node.subgraphs(recursive=True):
             _refer_outward(subgraph, weights)
+    scopes = {id(node): scopes[id(node)] for node in surgeon.nodes if id(node) in scopes}
+    file_names = {id(node): node.name for node in surgeon.nodes if node.name}
     _name_nodes(surgeon)
     initializers = {tensor.name for tensor in model.graph.initializer}
     return OnnxGraph(
         surgeon=surgeon,
         weights=weights,
         scopes=scopes,
+        file_names=file_names,
         inputs=list(model.graph.input),
         outputs=list(model.graph.output),
         overridable=[value.name for value in model.graph.input if value.name in initializers],

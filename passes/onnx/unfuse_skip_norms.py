@@ -22,7 +22,7 @@ def unfuse_skip_norms(graph: OnnxGraph) -> int:
     The runtime fuses again what lies within one layer.
 
     Requires: nodes in topological order.
-    Ensures: the same function; no scope is given to the new Add, since the node's own is that of the norm.
+    Ensures: the same function; the new Add has no scope and no name in the file, since the node's own are those of the norm.
     """
     nodes: list[gs.Node] = []
     replaced = 0
@@ -69,4 +69,6 @@ def _parts(node: gs.Node, graph: OnnxGraph, name: str) -> list[gs.Node]:
     )
     if id(node) in graph.scopes:
         graph.scopes[id(norm)] = graph.scopes[id(node)]
+    if id(node) in graph.file_names:
+        graph.file_names[id(norm)] = graph.file_names[id(node)]
     return [*parts, norm]
