@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,7 +29,8 @@ class RoundToNearest:
 
     def __init__(self) -> None:
         try:
-            from onnxruntime.quantization import matmul_nbits_quantizer as ort
+            with _root_logger_untouched():
+                from onnxruntime.quantization import matmul_nbits_quantizer as ort
         except ImportError as error:
             raise MissingExtra("onnxruntime", "cpu", "quantizing the river") from error
         self._ort = ort
@@ -39,6 +42,18 @@ class RoundToNearest:
         values = packed if bits == 8 else _unpack(packed)
         zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
         return QuantizedWeight(values, scales.reshape(outputs, groups).astype(np.float32), zero_points, bits)
+
+
+@contextmanager
+def _root_logger_untouched() -> Iterator[None]:
+    """onnxruntime's quantizer configures the root logger when it is imported, which is the application's to do."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {RoundToNearest.name: RoundToNearest}
