@@ -36,7 +36,7 @@ lint: $(STAMP)
 	MYPYPATH=$(TYPING) $(BIN)/mypy -p river_compile
 
 wheel-check: $(STAMP)
-	BIN=$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh
+	BIN=$(CURDIR)/$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

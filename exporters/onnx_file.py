@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ RIVER_CONFIG = "river.config"
 EXTERNAL_ABOVE = 1 << 30
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 _ALIGNMENT = 4096
+_INLINE_BELOW = 1024
+_NARROW: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.FLOAT4E2M1: 4}
 _CHUNK = 1 << 24
 
 
@@ -105,17 +108,23 @@ def check_apart(target: Path, source: Path, model: onnx.ModelProto) -> None:
             raise InputError(f"{target}: output and input are the same file: {output.name}")
 
 
+def _is_large(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor may lie outside the model. Shapes and axes may not: type inference reads them."""
+    return tensor_bytes(tensor) >= _INLINE_BELOW
+
+
 def _data_beside(path: Path) -> Path:
     return path.with_name(path.name + ".data")
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Size of a tensor's data in bytes."""
-    if uses_external_data(tensor) and ExternalDataInfo(tensor).length:
-        return int(ExternalDataInfo(tensor).length)
     if tensor.raw_data:
         return len(tensor.raw_data)
-    return int(onnx.numpy_helper.to_array(tensor).nbytes) if not uses_external_data(tensor) else 0
+    if uses_external_data(tensor) and ExternalDataInfo(tensor).length:
+        return int(ExternalDataInfo(tensor).length)
+    bits = _NARROW.get(tensor.data_type) or onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
+    return int(math.prod(tensor.dims) * bits // 8)
 
 
 def save(
@@ -145,18 +154,18 @@ def save(
     data_name = _data_beside(path).name
     with _staging(path) as stage:
         for tensor in _all_tensors(model.graph):
-            if uses_external_data(tensor) and not external:
+            if uses_external_data(tensor) and not (external and _is_large(tensor)):
                 onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder or ""))
                 tensor.ClearField("external_data")
                 tensor.data_location = onnx.TensorProto.DEFAULT
         if external:
             with open(stage / data_name, "wb") as sink:
                 _stream(model, sink, data_name, folder, lambda done: progress(done, total))
-        try:
-            (stage / path.name).write_bytes(model.SerializeToString())
-        except (EncodeError, ValueError) as error:
-            raise RiverError(f"{path}: the model is too large for one file; use external data") from error
+        _write(model, stage / path.name)
         names = [data_name, path.name] if external else [path.name]
+        if external:
+            # An old model must not meet the new weights, not even for a moment.
+            path.unlink(missing_ok=True)
         for name in names:
             os.replace(stage / name, path.parent / name)
         if not external:
@@ -168,10 +177,12 @@ def save(
 @contextmanager
 def _staging(path: Path) -> Iterator[Path]:
     """A folder beside the target, gone afterwards whatever happens."""
+    # The name is known before the folder is made, so that a signal in between leaves nothing behind.
+    stage = path.parent / f".{path.name}.{secrets.token_hex(4)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
+            stage.mkdir()
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -179,12 +190,19 @@ def _staging(path: Path) -> Iterator[Path]:
         raise RiverError(f"{path}: cannot be written: {error.strerror or _one_line(error)}") from error
 
 
+def _write(model: onnx.ModelProto, path: Path) -> None:
+    try:
+        path.write_bytes(model.SerializeToString())
+    except (EncodeError, ValueError) as error:
+        raise RiverError(f"{path.name}: the model is too large for one file; use external data") from error
+
+
 def _stream(
     model: onnx.ModelProto, sink: BinaryIO, location: str, folder: Path | None, progress: Callable[[int], None]
 ) -> None:
-    """Move all initializers of the model into one file, without holding more than a chunk of those on disk."""
+    """Move the large initializers of the model into one file, without holding more than a chunk of those on disk."""
     done = 0
-    for tensor in model.graph.initializer:
+    for tensor in filter(_is_large, model.graph.initializer):
         sink.seek(-(-sink.tell() // _ALIGNMENT) * _ALIGNMENT)
         offset = sink.tell()
         for chunk in _chunks(tensor, folder):

@@ -1,4 +1,4 @@
-"""A small random decoder as ONNX Runtime's own model builder writes one: contrib operators, names with scopes, no metadata."""
+"""A small random decoder as ONNX Runtime's own builder writes one: contrib operators, scoped names, no metadata."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from river_compile.errors import ConfigError, RiverError
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_the_field(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"^{field}: ") as caught:
+    with pytest.raises(ConfigError, match=rf"^{field}: ") as caught:
         RiverConfig(**{field: value})
     assert caught.value.field == field
     assert isinstance(caught.value, RiverError)
@@ -51,7 +51,7 @@ def test_options_become_a_config() -> None:
 
 
 def test_an_unknown_option_is_an_error_that_names_it_and_lists_the_others() -> None:
-    with pytest.raises(ConfigError, match="^taux: no such option; there are .*tau"):
+    with pytest.raises(ConfigError, match=r"^taux: no such option; there are .*tau"):
         RiverConfig.from_options({"taux": 0.7})
 
 
@@ -64,7 +64,7 @@ def test_the_first_matching_pattern_sets_the_bits() -> None:
 
 def test_kept_layers_count_from_either_end() -> None:
     assert RiverConfig(keep_layers=(0, -1)).kept(5) == {0, 4}
-    with pytest.raises(ConfigError, match="^keep_layers: 5 is no layer of a stack of 5"):
+    with pytest.raises(ConfigError, match=r"^keep_layers: 5 is no layer of a stack of 5"):
         RiverConfig(keep_layers=(5,)).kept(5)
 
 

@@ -22,7 +22,7 @@ def unfuse_skip_norms(graph: OnnxGraph) -> int:
     The runtime fuses again what lies within one layer.
 
     Requires: nodes in topological order.
-    Ensures: the same function; the new Add has no scope and no name in the file, since the node's own are those of the norm.
+    Ensures: the same function; scope and name in the file go to the norm, so that the new Add has none.
     """
     nodes: list[gs.Node] = []
     replaced = 0

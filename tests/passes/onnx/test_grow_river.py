@@ -107,13 +107,13 @@ def test_layers_that_are_quantized_already_are_left_as_they_are(tmp_path: Path) 
 
 def test_a_model_that_is_quantized_throughout_has_no_river(tmp_path: Path) -> None:
     original = ContribDecoder(quantized=(0, 1, 2)).save(tmp_path / "model.onnx")
-    with pytest.raises(LayersNotFound, match="no decoder layer can be given a river twin: already quantized"):
+    with pytest.raises(LayersNotFound, match=r"no decoder layer can be given a river twin: already quantized"):
         export(original, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_an_unknown_quantizer_is_an_error(exported: Exported, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^quantizer: "):
+    with pytest.raises(ConfigError, match=r"^quantizer: "):
         export(exported("llama"), tmp_path / "m.onnx", RiverConfig(quantizer="magic"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def similarities(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         outputs = Player(plain, len(ids)).step(ids, mask)
         hidden = [outputs[name].astype(np.float64) for name in states]
         units = [state / np.linalg.norm(state, axis=-1, keepdims=True) for state in hidden]
-        return np.stack([(before * after).sum(-1) for before, after in zip(units, units[1:], strict=False)])
+        return np.stack([(before * after).sum(-1) for before, after in pairwise(units)])
 
     return compute
 

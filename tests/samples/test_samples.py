@@ -1,0 +1,68 @@
+"""The samples run, as their own docstrings say, on a small model; the demo itself on SmolLM2 behind the slow marker."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from river_compile.api import export
+from river_compile.config import RiverConfig
+from tests.families import VOCABULARY
+
+ROOT = Path(__file__).parent.parent.parent
+SAMPLES = ROOT / "samples"
+
+
+def _run(sample: str, *arguments: object) -> str:
+    command = [sys.executable, str(SAMPLES / sample), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def river(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("samples") / "model.river.onnx"
+    export(exported("llama"), target, RiverConfig(tau=-1.0))
+    return target
+
+
+def test_plain_onnxruntime(river: Path) -> None:
+    lines = _run("plain_onnxruntime.py", river, 5, 6, 7).splitlines()
+    assert len(lines) == 16
+    assert all(re.fullmatch(r"token +\d+   exit depth [1-4]", line) for line in lines)
+
+
+def test_generate(river: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    text = _run("generate.py", river, tmp_path, "w5 w6 w7", "-1.0")
+    assert re.search(r"w\d+", text)
+    assert re.search(r"[\d.]+ tokens/s, mean exit depth 1.0 of 4 layers", text)
+
+
+@pytest.mark.parametrize("sample", sorted(path.name for path in SAMPLES.glob("*.py") if path.name != "smollm2.py"))
+def test_without_arguments_or_with_help_a_sample_explains_itself(sample: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SAMPLES / sample), "--help"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert f"python samples/{sample}" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    text = _run("demo.py", "--rounds", 1, "--output", tmp_path)
+    for row in ("backbone (plain model)", "river, exits off", "all 4-bit", "byte limit", "top-1 agreement"):
+        assert row in text
+    assert "Paris" in text
+    assert (tmp_path / "exit_depths.png").stat().st_size > 10_000
