@@ -92,7 +92,7 @@ def export_decoder(model: nn.Module, path: Path, opset: int = MIN_OPSET) -> None
     for attention in _attention_forms(model):
         # torch's fused attention has forms that ONNX lacks, so the last resort is attention in single operators.
         try:
-            with torch.no_grad(), _quiet(), _attention(model, attention):
+            with torch.no_grad(), _quiet(), _attention(model, attention), _exportable_experts(model):
                 program = torch.onnx.export(
                     _Decoder(model, with_positions),
                     (ids, mask, positions, past),
@@ -214,6 +214,20 @@ def _attention(model: Any, implementation: str | None) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _exportable_experts(model: Any) -> Iterator[None]:
+    """A mixture of experts with its products batched, for a while: ONNX has no grouped product."""
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    if before is None or not hasattr(model, "set_experts_implementation"):
+        yield
+        return
+    model.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextmanager

@@ -59,6 +59,9 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
     "stablelm": lambda n: hf.StableLmConfig(num_hidden_layers=n, **_LLAMA_LIKE),
     "cohere": lambda n: hf.CohereConfig(num_hidden_layers=n, **_LLAMA_LIKE),
     "olmo2": lambda n: hf.Olmo2Config(num_hidden_layers=n, **_LLAMA_LIKE),
+    "mixtral": lambda n: hf.MixtralConfig(
+        num_hidden_layers=n, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **_LLAMA_LIKE
+    ),
     "mpt": lambda n: hf.MptConfig(n_layers=n, d_model=64, n_heads=4, max_seq_len=256),
 }
 

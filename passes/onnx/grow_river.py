@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -66,11 +67,19 @@ class RiverLinear:
 
 @dataclass
 class River:
-    """The river of a graph: a twin for each decoder layer that has one, by layer index, and what it is made of."""
+    """The river of a graph.
+
+    Fields:
+        twins: by layer index, for each decoder layer that has one.
+        linears: what the river is made of.
+        kept: by layer index, why a layer has no twin.
+        partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
+    """
 
     twins: dict[int, Twin] = field(default_factory=dict)
     linears: list[RiverLinear] = field(default_factory=list)
     kept: dict[int, str] = field(default_factory=dict)
+    partial: list[int] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +93,9 @@ class River:
         for index, why in sorted(self.kept.items()):
             reasons.setdefault(why, []).append(index)
         lines = [f"backbone only, {why}: layers {_ranges(layers)}" for why, layers in reasons.items()]
+        if self.partial:
+            why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
+            lines.append(f"{why}: layers {_ranges(self.partial)}")
         remarks: dict[str, list[str]] = {}
         for linear in self.linears:
             if linear.note:
@@ -149,9 +161,15 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
             river.kept[layer.index] = why
         else:
             river.linears += [_plan(linear, layer, config) for linear in linears]
+            if _elements(graph, layer.weights) > 2 * sum(linear.inputs * linear.outputs for linear in linears):
+                river.partial.append(layer.index)
     if not river.linears and len(kept) < len(anatomy.layers):
         raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
     return river
+
+
+def _elements(graph: OnnxGraph, weights: Sequence[str]) -> int:
+    return sum(math.prod(graph.weights[name].shape) for name in weights)
 
 
 def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:

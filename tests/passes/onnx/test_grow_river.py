@@ -89,6 +89,12 @@ def test_a_weight_that_no_group_divides_stays_as_it_is_and_the_report_says_so(tm
     _assert_all_depths(original, tmp_path / "m.onnx")
 
 
+def test_experts_stay_as_they_are_and_the_report_says_so(exported: Exported) -> None:
+    notes = plan(exported("mixtral")).report.notes
+    why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
+    assert notes == (f"{why}: layers 0-3",)
+
+
 def test_kept_layers_get_no_twin(exported: Exported, tmp_path: Path) -> None:
     report = export(exported("llama"), tmp_path / "m.onnx", RiverConfig(keep_layers=(0, -1)))
     assert report.river_layers == 2
