@@ -10,6 +10,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from river_compile.errors import ConfigError, MissingExtra
+from river_compile.exporters.quantizers import Gptq, Hqq, KQuant, LeastSquares
 from river_compile.passes.onnx.graph import OnnxGraph
 from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
@@ -56,7 +57,14 @@ def _root_logger_untouched() -> Iterator[None]:
         root.setLevel(level)
 
 
-QUANTIZERS: dict[str, Callable[[], Quantizer]] = {RoundToNearest.name: RoundToNearest}
+QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
+    "rtn": RoundToNearest,
+    "lsq": LeastSquares,
+    "kquant": KQuant,
+    "hqq": Hqq,
+    "gptq": Gptq,
+    "gptq-symmetric": lambda: Gptq(symmetric=True),
+}
 
 
 def quantizer(name: str) -> Quantizer:

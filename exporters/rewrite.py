@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from river_compile.config import RiverConfig
@@ -58,6 +59,7 @@ def rewrite(
     quantizer: Quantizer,
     lowering: LinearLowering,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    moments: Mapping[str, np.ndarray] | None = None,
 ) -> Rewrite:
     """Give a decoder its exit river.
 
@@ -65,6 +67,7 @@ def rewrite(
         model: a decoder with a KV cache, read without external data; it is consumed.
         folder: where its external data lies.
         progress: is told layers quantized and layers in all.
+        moments: see `grow_river`.
 
     Raises:
         RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
@@ -86,7 +89,7 @@ def rewrite(
     original = Original.of(graph)
     after("find_layers", started)
     started = time.perf_counter()
-    river = grow_river(graph, anatomy, config, quantizer, lowering, progress)
+    river = grow_river(graph, anatomy, config, quantizer, lowering, progress, moments)
     after("grow_river", started)
     started = time.perf_counter()
     branches = share_kv(graph, anatomy, river, config.max_depth)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["QuantizedWeight", "Quantizer"]
+__all__ = ["ActivationAware", "QuantizedWeight", "Quantizer"]
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,16 @@ class Quantizer(Protocol):
         Args:
             weight: float32 [inputs, outputs]; ``group_size`` divides inputs.
         """
+        ...
+
+
+@runtime_checkable
+class ActivationAware(Quantizer, Protocol):
+    """A quantizer that knows what a weight is multiplied with.
+
+    Its plain ``quantize`` raises ConfigError, so that no destination without tuning texts uses it unawares.
+    """
+
+    def quantize_for(self, moments: np.ndarray, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
+        """Quantize a weight, given the mean of x x^T over its inputs x, float32 [inputs, inputs]."""
         ...

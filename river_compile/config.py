@@ -9,13 +9,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "RiverConfig"]
 
 BITS = (4, 8)
+FLOAT: Literal["float"] = "float"
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
 
@@ -36,7 +37,8 @@ class RiverConfig:
         keep_layers: indices of decoder layers that get no river twin; negative ones count from the end.
         bits: bits of a river weight.
         bits_for: ``(pattern, bits)`` pairs, the first match wins over ``bits``; a pattern is a shell glob on a linear
-            layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``).
+            layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``); "float"
+            leaves the weight as it is.
         group_size: input channels that share one scale and zero point.
         activations: what a river product computes with on a CPU: "int8" quantizes activations on the fly, a small loss
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
@@ -54,7 +56,7 @@ class RiverConfig:
     exit_every: int = 1
     keep_layers: tuple[int, ...] = ()
     bits: int = 4
-    bits_for: tuple[tuple[str, int], ...] = ()
+    bits_for: tuple[tuple[str, int | Literal["float"]], ...] = ()
     group_size: int = 32
     activations: str = "int8"
     quantizer: str = "rtn"
@@ -72,8 +74,8 @@ class RiverConfig:
         if self.bits not in BITS:
             raise ConfigError("bits", f"must be one of {BITS}, not {self.bits!r}")
         for pattern, bits in self.bits_for:
-            if bits not in BITS:
-                raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS}")
+            if bits not in (*BITS, FLOAT):
+                raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS} or {FLOAT!r}")
         if self.group_size not in GROUP_SIZES:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
         if self.activations not in ACTIVATIONS:
@@ -110,11 +112,11 @@ class RiverConfig:
                 raise ConfigError(name, f"no such option; there are {', '.join(sorted(known))}")
         return cls(**options)
 
-    def bits_of(self, *names: str) -> int:
-        """Bits of a linear layer's river weights, by any of the names it goes by."""
+    def bits_of(self, *names: str) -> int | None:
+        """Bits of a linear layer's river weights, by any of the names it goes by; None: it stays in its float type."""
         for pattern, bits in self.bits_for:
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                return bits
+                return bits if isinstance(bits, int) else None
         return self.bits
 
     def kept(self, layers: int) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,9 +17,9 @@ from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses
 from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
 from river_compile.passes.onnx.twin import Twin, clone, outer
-from river_compile.passes.quantizer import QuantizedWeight, Quantizer
+from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer
 
-__all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river"]
+__all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river", "quantize"]
 
 
 class LinearLowering(Protocol):
@@ -51,8 +51,8 @@ class ProductShape:
 class RiverLinear:
     """A linear layer of the river: its qualified name, its decoder layer, the root of its weight, and its grid.
 
-    ``bits`` is None where it stays in the backbone's float type; then ``note`` says why. ``source`` is the backbone's
-    linear layer.
+    ``bits`` is None where it stays in the backbone's float type, as asked for, or for a reason that ``note`` gives.
+    ``source`` is the backbone's linear layer.
     """
 
     name: str
@@ -87,6 +87,16 @@ class River:
         return sum(weights.values())
 
     @property
+    def average_bits(self) -> float:
+        """Mean bits of a weight, scales and zero points not counted; one that stays float counts with its own bits."""
+        sizes = {
+            linear.weight: (linear.source.inputs * linear.source.outputs, linear.bits or linear.source.float_bits)
+            for linear in self.linears
+        }
+        total = sum(size for size, _ in sizes.values())
+        return sum(size * bits for size, bits in sizes.values()) / total if total else float("nan")
+
+    @property
     def notes(self) -> list[str]:
         """What did not go as asked, a line each."""
         reasons: dict[str, list[int]] = {}
@@ -110,11 +120,15 @@ def grow_river(
     quantizer: Quantizer,
     lowering: LinearLowering,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    moments: Mapping[str, np.ndarray] | None = None,
 ) -> River:
     """Make the river: for every decoder layer a copy of its nodes in which each linear layer is quantized.
 
     Weights are read one at a time and not kept; a weight that several linear layers share is quantized once. Norms,
     embeddings and LM head stay as they are (paper, section 3).
+
+    Args:
+        moments: for an activation-aware quantizer, by the name of a linear layer's input tensor the mean of x x^T.
 
     Requires: an anatomy of this very graph.
     Ensures: the nodes of the graph are unchanged; the outer scope has the river's weights.
@@ -135,7 +149,7 @@ def grow_river(
         replaced: dict[int, Sequence[gs.Node]] = {}
         for together in _together(linears):
             first, *others = (id(linear.source.node) for linear in together)
-            replaced |= {first: _grow(graph, together, quantizer, lowering, grown)} | dict.fromkeys(others, ())
+            replaced |= {first: _grow(graph, together, quantizer, lowering, grown, moments)} | dict.fromkeys(others, ())
         body = [twin for node in nodes for twin in replaced.get(id(node), (node,))]
         river.twins[index] = Twin(
             anatomy.layers[index], clone(nodes, f"backbone.{index}/"), clone(body, f"river.{index}/")
@@ -182,6 +196,8 @@ def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
 def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
     bits = config.bits_of(linear.name, linear.weight.name, f"layers.{layer.index}")
     group_size = _fitting_group(linear.inputs, config.group_size)
+    if bits is None:
+        return RiverLinear(linear.name, layer.index, linear.weight.name, None, None, 0, "", linear)
     if group_size is None:
         note = f"{linear.inputs} inputs are divided by no group size; the weight stays as it is"
         return RiverLinear(linear.name, layer.index, linear.weight.name, None, None, 0, note, linear)
@@ -216,6 +232,7 @@ def _grow(
     quantizer: Quantizer,
     lowering: LinearLowering,
     grown: dict[str, Sequence[gs.Constant]],
+    moments: Mapping[str, np.ndarray] | None,
 ) -> Sequence[gs.Node]:
     """Quantize the weights of one product; the nodes that stand for its linear layers in the river."""
     bits, group_size = together[0].bits, together[0].group_size
@@ -224,7 +241,7 @@ def _grow(
     weights = [f"{source.weight.name}{'.T' if source.transposed else ''}" for source in sources]
     name = f"river/{'+'.join(weights)}.q{bits}g{group_size}"
     if name not in grown:
-        parts = [quantizer.quantize(source.matrix(graph), bits, group_size) for source in sources]
+        parts = [quantize(source, source.matrix(graph), bits, group_size, quantizer, moments) for source in sources]
         grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), sources[0].weight)
     shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size)
     first = sources[0].node
@@ -239,6 +256,20 @@ def _grow(
         graph.add_weight(sizes, np.array(widths, np.int64))
     split = gs.Node("Split", f"{first.name}/split", attrs={"axis": -1}, inputs=[joined, outer(sizes)], outputs=results)
     return [*product, split]
+
+
+def quantize(
+    source: Linear,
+    matrix: np.ndarray,
+    bits: int,
+    group_size: int,
+    quantizer: Quantizer,
+    moments: Mapping[str, np.ndarray] | None,
+) -> QuantizedWeight:
+    """The weight of a linear layer on a grid, chosen by its inputs as well where the quantizer asks for them."""
+    if moments is not None and isinstance(quantizer, ActivationAware):
+        return quantizer.quantize_for(moments[source.node.inputs[0].name], matrix, bits, group_size)
+    return quantizer.quantize(matrix, bits, group_size)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

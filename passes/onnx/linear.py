@@ -43,6 +43,11 @@ class Linear:
     def outputs(self) -> int:
         return int(self.weight.shape[0 if self.transposed else 1])
 
+    @property
+    def float_bits(self) -> int:
+        """Bits of a weight as it is."""
+        return 32 if str(self.weight.dtype) == "float32" else 16
+
     def matrix(self, graph: OnnxGraph) -> np.ndarray:
         """W, float32 [inputs, outputs], read from the file now and not kept."""
         values = graph.read(self.weight).astype(np.float32)
