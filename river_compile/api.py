@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from river_compile.passes.anatomy import Layer
+    from river_compile.tuning import Tuning
 
 __all__ = ["ExportReport", "Plan", "PlannedLinear", "export", "plan"]
 
@@ -37,6 +38,7 @@ class ExportReport:
         backbone_bytes, river_bytes: size of all weights of the source, and of the river's.
         added_nodes: nodes more than the source has.
         quantizer: what made the river.
+        average_bits: mean bits of a river weight, scales and zero points not counted.
         notes: what did not go as asked, a line each.
         seconds: wall time, in all and for each step.
     """
@@ -52,6 +54,7 @@ class ExportReport:
     river_bytes: int
     added_nodes: int
     quantizer: str
+    average_bits: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
 
@@ -100,6 +103,7 @@ def export(
     output: str | Path | None = None,
     config: RiverConfig | None = None,
     *,
+    tuning: Tuning | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
@@ -109,6 +113,7 @@ def export(
             a model itself; the latter two are exported to ONNX first (opset 23).
         output: the file to write; ``<model>.river.onnx`` beside the source if None. It is written whole or not at all.
         config: the settings; the defaults if None.
+        tuning: texts for a quantizer that asks for them, and a budget of bits or fidelity to plan bit widths by.
         progress: is told the step and how much of how much of it is done.
 
     Returns:
@@ -116,11 +121,13 @@ def export(
 
     Raises:
         InputError: the source cannot be used; nothing is written.
-        ConfigError: the settings do not fit the model.
+        ConfigError: the settings do not fit the model, or the quantizer needs tuning texts and there are none.
         MissingExtra: onnxruntime (the quantizer) or transformers is needed and not installed.
     """
     from river_compile.exporters import onnx_file, rewrite
+    from river_compile.exporters.moments import Moments
     from river_compile.exporters.onnxruntime import MatMulNBits, quantizer
+    from river_compile.passes.quantizer import ActivationAware
 
     config = config or RiverConfig()
     progress = progress or (lambda step, done, total: None)
@@ -132,6 +139,13 @@ def export(
         source, label = _as_onnx(model, target.parent, stack, progress)
         proto = onnx_file.load(source)
         onnx_file.check_apart(target, source, proto)
+        moments = None
+        if tuning is not None:
+            ids = tuning.ids(proto)
+            config = tuning.applied(source, ids, config, progress)
+            if isinstance(chosen, ActivationAware):
+                linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].linears
+                moments = Moments(source, linears, ids, lambda done, total: progress("read tuning texts", done, total))
         result = rewrite.rewrite(
             proto,
             source.parent,
@@ -139,6 +153,7 @@ def export(
             chosen,
             MatMulNBits(config.activations),
             lambda done, total: progress("quantize", done, total),
+            moments,
         )
         rewritten = time.perf_counter()
         onnx_file.save(
@@ -161,6 +176,7 @@ def export(
         river_bytes=result.river.nbytes,
         added_nodes=result.added_nodes,
         quantizer=chosen.name,
+        average_bits=result.river.average_bits,
         notes=tuple(result.river.notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
@@ -194,6 +210,7 @@ def plan(
         river_bytes=river.nbytes,
         added_nodes=0,
         quantizer=config.quantizer,
+        average_bits=river.average_bits,
         notes=tuple(river.notes),
         seconds={"total": round(time.perf_counter() - started, 3)},
     )

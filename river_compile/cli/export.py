@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 from rich import box
@@ -13,12 +13,13 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.config import ACTIVATIONS, BITS, GROUP_SIZES, RiverConfig
+from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan
     from river_compile.passes.anatomy import Layer
+    from river_compile.tuning import Tuning
 
 __all__ = ["main"]
 
@@ -47,14 +48,16 @@ def _layers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     return tuple(indices)
 
 
-def _bits_for(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+def _bits_for(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> tuple[tuple[str, int | Literal["float"]], ...]:
     """``PATTERN=BITS``, any number of times."""
-    pairs = []
+    pairs: list[tuple[str, int | Literal["float"]]] = []
     for text in value:
         pattern, equals, bits = text.rpartition("=")
-        if not equals or not pattern or not bits.isdigit():
+        if not equals or not pattern or not (bits.isdigit() or bits == FLOAT):
             raise ConfigError("bits_for", f"{text!r} is not of the form 'PATTERN=BITS', such as '*down_proj*=8'")
-        pairs.append((pattern, int(bits)))
+        pairs.append((pattern, FLOAT if bits == FLOAT else int(bits)))
     return tuple(pairs)
 
 
@@ -95,7 +98,8 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     callback=_bits_for,
     metavar="PATTERN=BITS",
     multiple=True,
-    help="Bits for linear layers, or decoder layers (layers.3), whose name matches; repeatable, the first match wins.",
+    help="Bits, or 'float', for linear layers, or decoder layers (layers.3), whose name matches; repeatable, the first "
+    "match wins.",
 )
 @click.option(
     "--group-size",
@@ -111,7 +115,24 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     show_default=True,
     help="What river products compute with on a CPU: int8 is three times as fast as the model's own float type.",
 )
-@click.option("--quantizer", default=_DEFAULTS.quantizer, show_default=True, help="Algorithm that makes the river.")
+@click.option(
+    "--quantizer",
+    default=_DEFAULTS.quantizer,
+    show_default=True,
+    help="Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts.",
+)
+@click.option("--tokenizer", metavar="FOLDER", help="Tokenizer for tuning texts.  [default: MODEL, if it is a folder]")
+@click.option(
+    "--tuning-texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text or JSONL file for gptq and for bit budgets; repeatable.  [default: tuning texts of the package]",
+)
+@click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
+@click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
+@click.option(
+    "--sensitivity", type=click.Path(path_type=Path), help="File that keeps what bit budgets measure; read if present."
+)
 @click.option("--no-extra-output", is_flag=True, help="Leave out the output river.exit_depth.")
 @click.option(
     "--external-data/--no-external-data",
@@ -132,10 +153,15 @@ def main(
     exit_every: int,
     keep_layers: tuple[int, ...],
     bits: str,
-    bits_for: tuple[tuple[str, int], ...],
+    bits_for: tuple[tuple[str, int | Literal["float"]], ...],
     group_size: str,
     activations: str,
     quantizer: str,
+    tokenizer: str | None,
+    tuning_texts: tuple[Path, ...],
+    avg_bits: float | None,
+    max_kl: float | None,
+    sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
     dry_run: bool,
@@ -163,6 +189,8 @@ def main(
         external_data=external_data,
         dump_dir=dump_dir,
     )
+    if dry_run and (avg_bits is not None or max_kl is not None):
+        raise ConfigError("avg_bits" if max_kl is None else "max_kl", "a dry run measures nothing that could be spent")
     from river_compile.api import export, plan
 
     console = Console(quiet=quiet, highlight=False)
@@ -172,7 +200,8 @@ def main(
             report, text = planned.report, planned.to_json()
         else:
             planned = None
-            report = export(model, output, config, progress=progress)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, avg_bits, max_kl, sensitivity)
+            report = export(model, output, config, tuning=tuning, progress=progress)
             text = report.to_json()
     if as_json:
         click.echo(text)
@@ -180,6 +209,31 @@ def main(
         _show_plan(console, planned)
     else:
         _show_report(console, report)
+
+
+def _tuning(
+    model: str,
+    config: RiverConfig,
+    tokenizer: str | None,
+    texts: tuple[Path, ...],
+    avg_bits: float | None,
+    max_kl: float | None,
+    sensitivity: Path | None,
+) -> Tuning | None:
+    """Tuning, if any option asks for it or the quantizer does."""
+    from river_compile.exporters.onnxruntime import quantizer
+    from river_compile.fidelity import load_texts, load_tokenizer
+    from river_compile.passes.quantizer import ActivationAware
+    from river_compile.tuning import Tuning
+
+    aware = isinstance(quantizer(config.quantizer), ActivationAware)
+    if not (aware or texts or avg_bits is not None or max_kl is not None or sensitivity):
+        return None
+    if tokenizer is None and Path(model).is_file():
+        raise ConfigError("tokenizer", "tuning texts need the model's tokenizer: name its folder with --tokenizer")
+    return Tuning(
+        load_tokenizer(tokenizer or model), load_texts(texts) if texts else None, avg_bits, max_kl, sensitivity
+    )
 
 
 def _show_report(console: Console, report: ExportReport) -> None:
@@ -201,7 +255,7 @@ def _rows(report: ExportReport) -> list[tuple[str, str]]:
         ("decoder layers", f"{report.layers}{kinds}, found by {report.found_by}"),
         ("river layers", f"{report.river_layers}"),
         ("river", f"{_megabytes(report.river_bytes)} beside a model of {_megabytes(report.backbone_bytes)}"),
-        ("quantizer", report.quantizer),
+        ("quantizer", f"{report.quantizer}, {report.average_bits:.2f} bits on average"),
         ("exit points", f"{len(points)}{where}"),
         *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
