@@ -7,11 +7,32 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.evaluation import Evaluation, evaluate
+    from river_compile.tuning import Tuning
 
-__all__ = ["ExportReport", "Plan", "RiverConfig", "RiverError", "__version__", "export", "plan"]
+__all__ = [
+    "Evaluation",
+    "ExportReport",
+    "Plan",
+    "RiverConfig",
+    "RiverError",
+    "Tuning",
+    "__version__",
+    "evaluate",
+    "export",
+    "plan",
+]
 __version__ = "0.1.0"
 
-_HOME = {"ExportReport": "api", "Plan": "api", "export": "api", "plan": "api"}
+_HOME = {
+    "Evaluation": "evaluation",
+    "ExportReport": "api",
+    "Plan": "api",
+    "Tuning": "tuning",
+    "evaluate": "evaluation",
+    "export": "api",
+    "plan": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,190 @@
+"""`river-eval`: fidelity and speed of a river model, beside its own backbone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from river_compile import __version__
+from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from river_compile.evaluation import Evaluation, SettingResult
+    from river_compile.fidelity import Interval
+
+__all__ = ["main"]
+
+_EXAMPLES = """\b
+Examples:
+  river-eval model.river.onnx --tokenizer hf_folder
+  river-eval model.river.onnx --tokenizer hf_folder --tau 0.95,0.9 --html report.html
+  river-eval model.river.onnx --tokenizer hf_folder --texts book.txt --texts prompts.jsonl --json
+"""
+
+
+def default_cache() -> Path:
+    """The folder of cached readings: under the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "river-compile" / "readings"
+
+
+def _taus(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(float(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError("tau", f"{value!r} is no list of numbers, such as 0.98,0.95") from None
+
+
+def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError("depths", f"{value!r} is no list of whole numbers, such as 0,15") from None
+
+
+@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--tokenizer", metavar="FOLDER", required=True, help="Folder or hub name of the model's tokenizer.")
+@click.option(
+    "--texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text file, or JSONL of texts or prompts; repeatable.  [default: held-out texts that come with the package]",
+)
+@click.option("--tau", callback=_taus, metavar="LIST", help="Thresholds to measure.  [default: 0.98,0.95,0.9]")
+@click.option(
+    "--depths",
+    callback=_depths,
+    metavar="LIST",
+    default="0",
+    show_default=True,
+    help="Forced exit depths to measure; 0 is all river.",
+)
+@click.option("--max-tokens", type=int, default=512, show_default=True, help="Cut longer texts into pieces.")
+@click.option("--documents", type=int, help="Only so many documents, evenly spread.")
+@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option("--speed-rounds", type=int, default=3, show_default=True, help="Rounds of timed decoding; 0: none.")
+@click.option("--threads", type=int, help="Threads of ONNX Runtime.  [default: its own choice]")
+@click.option(
+    "--sensitivity", type=click.Path(path_type=Path), help="A file of river-export --sensitivity, to be plotted."
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page with plots.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps readings, so that an interrupted run goes on.  [default: river-compile/readings in the "
+    "user's cache folder]",
+)
+@click.option("--no-cache", is_flag=True, help="Keep nothing, and read everything anew.")
+@click.version_option(__version__, prog_name="river-eval")
+def main(
+    model: Path,
+    tokenizer: str,
+    texts: tuple[Path, ...],
+    tau: tuple[float, ...] | None,
+    depths: tuple[int, ...],
+    max_tokens: int,
+    documents: int | None,
+    confidence: float,
+    speed_rounds: int,
+    threads: int | None,
+    sensitivity: Path | None,
+    html: Path | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+    cache: Path | None,
+    no_cache: bool,
+) -> None:
+    """Measure a river model against its own backbone, teacher-forced.
+
+    MODEL is an exported river model. The table shows, for each threshold and forced depth: top-1 agreement, top-5
+    overlap, KL divergence, perplexity, cosine of K and V, exit depth and speed.
+    """
+    from river_compile.evaluation import DEFAULT_TAUS, evaluate
+    from river_compile.fidelity import load_tokenizer
+    from river_compile.sensitivity import Sensitivity
+
+    measured = Sensitivity.load(sensitivity) if sensitivity is not None else None
+    for path in (html, output):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no such folder")
+    with progress_bars(quiet or as_json) as progress:
+        result = evaluate(
+            model,
+            texts or None,
+            load_tokenizer(tokenizer),
+            taus=DEFAULT_TAUS if tau is None else tau,
+            depths=depths,
+            max_tokens=max_tokens,
+            max_documents=documents,
+            confidence=confidence,
+            speed_rounds=speed_rounds,
+            threads=threads,
+            cache=None if no_cache else cache or default_cache(),
+            progress=progress,
+        )
+    if output is not None:
+        output.write_text(result.to_json() + "\n", encoding="utf-8")
+    if html is not None:
+        from river_compile.report_html import render
+
+        html.write_text(render(result, measured), encoding="utf-8")
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        _show(Console(quiet=quiet, highlight=False), result)
+
+
+def _show(console: Console, result: Evaluation) -> None:
+    quantizer = result.details.get("river.quantizer", "unknown")
+    console.print(
+        f"{result.model}: {result.layers} decoder layers, river by {quantizer}; {len(result.texts)} documents, "
+        f"{result.tokens} tokens; backbone perplexity {result.perplexity_backbone.value:.2f}",
+        soft_wrap=True,
+    )
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption=f"under top-1 and KL: {result.confidence:.0%} bootstrap intervals over documents",
+    )
+    for column in ("setting", "top-1", "top-5", "KL", "perplexity", "K cos\nV cos", "exit\ndepth", "tokens/s\nratio"):
+        table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=column == "setting")
+    for row in result.settings:
+        table.add_row(*_cells(row))
+    console.print(table)
+    console.print(
+        "early-layer similarity against last-layer V cosine, all river: r = "
+        f"{result.early_correlation:.2f} (paper: 0.55)"
+    )
+
+
+def _cells(row: SettingResult) -> list[str]:
+    speed = row.speed
+    return [
+        row.label,
+        _two_lines(row.top1, ".1%"),
+        f"{row.top5.value:.1%}",
+        _two_lines(row.kl, ".3f"),
+        f"{row.perplexity.value:.2f}",
+        f"{row.key_cosine.value:.4f}\n{row.value_cosine.value:.4f}",
+        f"{row.mean_exit_depth:.1f}",
+        "-" if speed is None else f"{speed.tokens_per_second:.1f}\n{speed.ratio.value:.2f}x",
+    ]
+
+
+def _two_lines(interval: Interval, form: str) -> str:
+    bounds = [format(value, form).rstrip("%") for value in (interval.low, interval.high)]
+    return f"{interval.value:{form}}\n{bounds[0]}-{bounds[1]}"
