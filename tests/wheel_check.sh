@@ -21,10 +21,13 @@ test "$top" = river_compile || { echo "the wheel installs: $top"; exit 1; }
 "$work/venv/bin/pip" check
 cd "$work"
 "$work/venv/bin/river-export" --version
+"$work/venv/bin/river-eval" --version
 "$work/venv/bin/python" - <<'PY'
 import importlib.util, pathlib
 import river_compile, river_compile.passes.onnx.find_layers, river_compile.exporters.onnxruntime
 assert (pathlib.Path(river_compile.__file__).parent / "py.typed").exists()
+from river_compile.fidelity import shipped_texts
+assert len(shipped_texts("heldout")) >= 30
 assert importlib.util.find_spec("transformers") is None, "not an empty environment"
 PY
 "$BIN/python" - "$work/model.onnx" "$OLDPWD" <<'PY'

@@ -51,6 +51,19 @@ def test_generate(river: Path, tmp_path: Path) -> None:
     assert re.search(r"[\d.]+ tokens/s, mean exit depth 1.0 of 4 layers", text)
 
 
+def test_evaluate(river: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("w5 w6 w7 w8 w9")
+    text = _run("evaluate.py", river, tmp_path, tmp_path / "text.txt")
+    assert re.search(r"5 tokens of 1 documents", text)
+    assert re.search(r"all river +chooses the backbone's token in [\d.]+%", text)
+
+
 @pytest.mark.parametrize("sample", sorted(path.name for path in SAMPLES.glob("*.py") if path.name != "smollm2.py"))
 def test_without_arguments_or_with_help_a_sample_explains_itself(sample: str) -> None:
     done = subprocess.run(
