@@ -13,11 +13,12 @@ from typing import Any
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "KV_POLICIES", "RiverConfig"]
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
+KV_POLICIES = ("share", "propagate", "mask", "recompute", "monotone")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class RiverConfig:
             section 3: 0.5 for Llama, 0.8 to 0.9 for Phi and Ministral.
         max_depth: hard limit on the exit depth (backbone layers per forward pass); None is no limit, 0 all river.
         min_depth: backbone layers that every forward pass runs before similarity may make it exit.
+        tau_offsets: what to add to ``tau`` after each decoder layer, one number a layer; an offset of 3 means that no
+            token exits there. None: one threshold for all layers, and no room for more in an exported model.
         exit_every: an exit decision after every K-th layer only.
         keep_layers: indices of decoder layers that get no river twin; negative ones count from the end.
         bits: bits of a river weight.
@@ -42,6 +45,8 @@ class RiverConfig:
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
             W4A16), and slow with 8-bit weights. A GPU computes in the model's type either way.
         quantizer: the name of the algorithm that chooses scales and zero points.
+        kv_policy: what becomes of the K and V of skipped layers: "share", the river; the others (propagate, mask,
+            recompute, monotone) exist in `river_compile.reference` alone, to be compared with.
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
@@ -51,6 +56,7 @@ class RiverConfig:
     tau: float = 0.9
     max_depth: int | None = None
     min_depth: int = 1
+    tau_offsets: tuple[float, ...] | None = None
     exit_every: int = 1
     keep_layers: tuple[int, ...] = ()
     bits: int = 4
@@ -58,6 +64,7 @@ class RiverConfig:
     group_size: int = 32
     activations: str = "int8"
     quantizer: str = "rtn"
+    kv_policy: str = "share"
     extra_output: bool = True
     external_data: bool | None = None
     dump_dir: Path | None = None
@@ -80,6 +87,13 @@ class RiverConfig:
             raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
+
+        if self.kv_policy not in KV_POLICIES:
+            raise ConfigError("kv_policy", f"must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}")
+        if self.tau_offsets is not None:
+            object.__setattr__(self, "tau_offsets", tuple(map(float, self.tau_offsets)))
+            if any(map(math.isnan, self.tau_offsets)):
+                raise ConfigError("tau_offsets", "must be numbers, one a decoder layer")
 
     def _check_numbers(self) -> None:
         if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not math.isfinite(self.tau):
@@ -116,6 +130,10 @@ class RiverConfig:
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 return bits
         return self.bits
+
+    def tau_offset(self, layer: int) -> float:
+        """What to add to ``tau`` for the exit decision after a decoder layer, counted from 0."""
+        return self.tau_offsets[layer] if self.tau_offsets is not None else 0.0
 
     def kept(self, layers: int) -> frozenset[int]:
         """The indices in ``keep_layers`` for a stack of ``layers`` decoder layers, all counted from the front.
