@@ -14,7 +14,7 @@ class KeysWritten(Exception):
     """Raised out of a layer once its keys and values are in the cache: all that `propagate` wants of it."""
 
 
-class LayerCache(CacheLayerMixin):
+class LayerCache(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one decoder layer, [1, heads, entries, width], in the order of their tokens.
 
     Fields:
@@ -27,7 +27,7 @@ class LayerCache(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, start: list[int], capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._start = start
         self.capacity = capacity
         self.seen = 0

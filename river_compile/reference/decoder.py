@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from river_compile.reference.policies import POLICIES, Call, LayerParts, Policy
 from river_compile.reference.river import grow_river
 from river_compile.reference.stack import find_stack
 
-__all__ = ["ReferenceDecoder", "ReferenceState"]
+__all__ = ["ReferenceDecoder", "ReferenceState", "fingerprint"]
 
 
 @dataclass
@@ -81,6 +82,8 @@ class ReferenceDecoder:
         self._cache_name = "cache" if "cache" in signature else "past_key_values"
         self._with_positions = "position_ids" in signature
         self._keeps_logits = "logits_to_keep" in signature
+        self._stored = fingerprint(model)
+        self.name = type(model).__name__
         path, stack = find_stack(model)
         self.layers = len(stack)
         chosen = quantizer or by_name(self.config.quantizer)
@@ -92,6 +95,21 @@ class ReferenceDecoder:
         self._pass: _Pass | None = None
         for index, parts in enumerate(self._parts):
             stack[index] = Slot(parts.backbone, index, self._layer)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return int(self._model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    @property
+    def runtime(self) -> str:
+        """The runtime in words: what a time was measured in."""
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        return f"torch {torch.__version__} eager, {dtype}, {torch.get_num_threads()} threads"
+
+    def fingerprint(self) -> str:
+        """Of the weights as they came, and of all settings that shape the river or the exit decision."""
+        return f"{self._stored} {self.config.to_json()}"
 
     def start(self, batch: int = 1, policy: str | None = None, capacity: int = 512) -> ReferenceState:
         """The state before the first token.
@@ -219,3 +237,12 @@ class ReferenceDecoder:
         if any(slot.seen != 1 for slot in cache.slots):
             raise InputError("the model keeps no KV cache of a key and a value a layer")
         return probes
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, their names and types."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -68,13 +68,12 @@ class _Idle(nn.Module):
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        weight: torch.Tensor = getattr(linear, "weight")  # noqa: B009
+        weight: torch.Tensor = linear.get_parameter("weight")
         outputs = weight.shape[0 if isinstance(linear, nn.Linear) else 1]
         self.register_buffer("zeros", torch.zeros(1, 1, outputs, dtype=weight.dtype), persistent=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        zeros: torch.Tensor = self.zeros
-        return zeros.expand(*states.shape[:-1], -1)
+        return self.get_buffer("zeros").expand(*states.shape[:-1], -1)
 
 
 def keys_only(probe: Probe, layers: int) -> nn.Module:

@@ -35,8 +35,8 @@ class Int4Linear(nn.Module):
         grid = torch.from_numpy(np.stack([weight.scales, offsets], axis=-1)).transpose(0, 1)
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1))
         self.register_buffer("grid", grid.contiguous().to(torch.bfloat16))
-        self.register_buffer("bias", bias)
         self.outputs = outputs
+        self.added = bias
 
     @staticmethod
     def fits(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> bool:
@@ -50,9 +50,9 @@ class Int4Linear(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         rows = states.reshape(-1, states.shape[-1])
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.grid)
-        product = product.view(*states.shape[:-1], self.outputs)
-        return product if self.bias is None else product + self.bias
+        result: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.grid)
+        product = result.view(*states.shape[:-1], self.outputs)
+        return product if self.added is None else product + self.added
 
 
 def river_linear(linear: nn.Module, bits: int, group_size: int, quantizer: Quantizer) -> tuple[nn.Module | None, bool]:
@@ -61,7 +61,7 @@ def river_linear(linear: nn.Module, bits: int, group_size: int, quantizer: Quant
     Where the kernel does not take it (another type than bfloat16, 8 bits), the twin holds the dequantized weights: the
     same function, at the backbone's speed. None where the group size does not divide the input channels.
     """
-    stored = getattr(linear, "weight")  # noqa: B009
+    stored = linear.get_parameter("weight")
     transposed = isinstance(linear, nn.Linear)
     weight = (stored.T if transposed else stored).detach().float().numpy()
     if weight.shape[0] % group_size:
@@ -70,7 +70,8 @@ def river_linear(linear: nn.Module, bits: int, group_size: int, quantizer: Quant
     bias: torch.Tensor | None = getattr(linear, "bias", None)
     if Int4Linear.fits(quantized, stored.dtype, stored.device):
         return Int4Linear(quantized, bias), True
-    twin = nn.Linear(*weight.shape, bias=False, dtype=stored.dtype)
+    inputs, outputs = weight.shape
+    twin = nn.Linear(inputs, outputs, bias=False, dtype=stored.dtype)
     twin.weight = nn.Parameter(torch.from_numpy(quantized.dequantize().T.copy()).to(stored), requires_grad=False)
     twin.bias = bias  # type: ignore[assignment]
     return twin, False

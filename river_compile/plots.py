@@ -1,0 +1,97 @@
+"""Plots of calibration and comparison, as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from river_compile.errors import MissingExtra, RiverError
+
+if TYPE_CHECKING:
+    from river_compile.kv_comparison import Comparison
+
+__all__ = ["draw_policies"]
+
+_COLOURS = {
+    "share": "#0b6e99",
+    "propagate": "#c2571a",
+    "mask": "#7a7a7a",
+    "recompute": "#6a3d9a",
+    "monotone": "#b59a00",
+}
+_MARKS = {"share": "o", "propagate": "s", "mask": "x", "recompute": "^", "monotone": "D"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", "drawing a plot") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise RiverError(f"{path}: cannot be written: {error}") from error
+    finally:
+        _pyplot().close(figure)
+
+
+def draw_policies(comparison: Comparison, path: Path) -> None:
+    """Agreement with the backbone against milliseconds a token, a line for each KV policy; a point is a threshold.
+
+    Raises:
+        RiverError: the comparison was not timed, or the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    if any(point.milliseconds is None for point in comparison.points):
+        raise RiverError("there is nothing to draw against: the comparison was made with no round of timing")
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
+    for policy, colour in _COLOURS.items():
+        points = sorted((p for p in comparison.points if p.policy == policy), key=lambda p: p.tau or 0)
+        if not points:
+            continue
+        times = [point.milliseconds for point in points]
+        shares = [100 * point.top1.value for point in points]
+        spread = [
+            [100 * (point.top1.value - point.top1.low) for point in points],
+            [100 * (point.top1.high - point.top1.value) for point in points],
+        ]
+        axes.errorbar(
+            times,
+            shares,
+            spread,
+            color=colour,
+            marker=_MARKS[policy],
+            label=policy,
+            capsize=2,
+            linewidth=1.6,
+            elinewidth=0.8,
+            zorder=3 if policy == "share" else 2,
+        )
+    for point, mark in zip((p for p in comparison.points if p.policy is None), ("*", "P"), strict=False):
+        axes.scatter([point.milliseconds], [100 * point.top1.value], marker=mark, s=130, color="black", zorder=4)
+        axes.annotate(
+            "full backbone" if point.label == "backbone" else "fully 4-bit",
+            (point.milliseconds, 100 * point.top1.value),
+            xytext=(-6, -14),
+            textcoords="offset points",
+            ha="right",
+        )
+    axes.set_xlabel("milliseconds a token (batch 1)")
+    axes.set_ylabel("top-1 agreement with the full backbone, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 104)
+    axes.grid(alpha=0.25)
+    axes.legend(title="KV policy", loc="upper left", frameon=False)
+    axes.set_title(
+        f"{comparison.model}, {comparison.layers} layers, {comparison.tokens} decoded tokens\n{comparison.runtime}",
+        fontsize=10,
+    )
+    _save(figure, path)
