@@ -7,11 +7,29 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.calibration import Calibration, calibrate
 
-__all__ = ["ExportReport", "Plan", "RiverConfig", "RiverError", "__version__", "export", "plan"]
+__all__ = [
+    "Calibration",
+    "ExportReport",
+    "Plan",
+    "RiverConfig",
+    "RiverError",
+    "__version__",
+    "calibrate",
+    "export",
+    "plan",
+]
 __version__ = "0.1.0"
 
-_HOME = {"ExportReport": "api", "Plan": "api", "export": "api", "plan": "api"}
+_HOME = {
+    "Calibration": "calibration",
+    "ExportReport": "api",
+    "Plan": "api",
+    "calibrate": "calibration",
+    "export": "api",
+    "plan": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

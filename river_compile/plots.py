@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from river_compile.errors import MissingExtra, RiverError
 
 if TYPE_CHECKING:
+    from river_compile.calibration import Calibration
     from river_compile.kv_comparison import Comparison
 
-__all__ = ["draw_policies"]
+__all__ = ["draw_calibration", "draw_policies"]
 
 _COLOURS = {
     "share": "#0b6e99",
@@ -93,5 +94,43 @@ def draw_policies(comparison: Comparison, path: Path) -> None:
     axes.set_title(
         f"{comparison.model}, {comparison.layers} layers, {comparison.tokens} decoded tokens\n{comparison.runtime}",
         fontsize=10,
+    )
+    _save(figure, path)
+
+
+def draw_calibration(calibration: Calibration, path: Path) -> None:
+    """Measured risk and mean exit depth of every threshold tested, the bound, and the choice.
+
+    Raises:
+        RiverError: nothing was tested, or the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    if not calibration.curve:
+        raise RiverError("there is nothing to draw: no threshold was tested")
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+    names = [f"{tested.tau:g}" for tested in calibration.curve]
+    risks = [tested.risk for tested in calibration.curve]
+    axes.plot(names, risks, color="#0b6e99", linewidth=1.6, zorder=2)
+    for certified, mark, label in ((True, "o", "certified"), (False, "x", "not certified: testing stops")):
+        chosen = [(n, t.risk) for n, t in zip(names, calibration.curve, strict=True) if t.certified == certified]
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), marker=mark, color="#0b6e99", s=45, label=label, zorder=3)
+    axes.axhline(calibration.max_risk, color="#b22222", linestyle="--", label=f"bound: {calibration.max_risk:g}")
+    axes.set_ylim(0, 1.3 * max(*risks, calibration.max_risk))
+    axes.set_xlabel("tau, from the safest down")
+    axes.set_ylabel(f"mean loss over documents ({calibration.loss})")
+    axes.grid(alpha=0.25)
+    depth = axes.twinx()
+    depth.plot(
+        names, [t.exit_depth for t in calibration.curve], color="#c2571a", marker="s", linewidth=1, label="exit depth"
+    )
+    depth.set_ylim(0, calibration.layers * 1.05)
+    depth.set_ylabel(f"mean exit depth, of {calibration.layers} layers")
+    handles = [line for one in (axes, depth) for line in one.get_legend_handles_labels()[0]]
+    labels = [text for one in (axes, depth) for text in one.get_legend_handles_labels()[1]]
+    axes.legend(handles, labels, loc="lower left", frameon=False)
+    axes.set_title(
+        f"{calibration.verdict()}\n{calibration.documents} documents, {calibration.tokens} tokens", fontsize=9
     )
     _save(figure, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class _Pass:
     first: int
     end: int
     tau: float
+    tau_offsets: Sequence[float]
     last_depth: int
     may_exit: bool
     depth: int | None = None
@@ -137,6 +138,7 @@ class ReferenceDecoder:
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        tau_offsets: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, int]:
         """Run tokens through the model and move the state on.
 
@@ -144,7 +146,7 @@ class ReferenceDecoder:
             ids: int64 [1, sequence].
             state: of `start`.
             mask: int64 [1, sequence], all ones: padding makes no sense at batch 1.
-            tau, max_depth: override the config's for this pass.
+            tau, max_depth, tau_offsets: override the config's for this pass.
 
         Returns:
             Logits, float32 [1, sequence, vocabulary], and the exit depth.
@@ -152,13 +154,18 @@ class ReferenceDecoder:
         Raises:
             ConfigError: padding; ``max_depth`` 0 with another policy than share.
         """
-        logits, depth = self.logits(ids[0].tolist(), state, tau, max_depth)
+        logits, depth = self.logits(ids[0].tolist(), state, tau, max_depth, tau_offsets)
         if mask is not None and not mask.all():
             raise ConfigError("mask", "the reference runtime takes no padding")
         return logits.float().numpy(), depth
 
     def logits(
-        self, tokens: list[int], state: ReferenceState, tau: float | None = None, max_depth: int | None = None
+        self,
+        tokens: list[int],
+        state: ReferenceState,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        tau_offsets: Sequence[float] | None = None,
     ) -> tuple[torch.Tensor, int]:
         """`forward` in torch's own terms: logits in the model's type, [1, sequence, vocabulary]."""
         max_depth = self.config.max_depth if max_depth is None else max_depth
@@ -174,8 +181,16 @@ class ReferenceDecoder:
             last = min(last, state.policy.latest_exit(self.layers))
         elif last:
             last = self.layers
+        offsets = self.config.tau_offsets if tau_offsets is None else tau_offsets
         self._pass = _Pass(
-            state, first, end, self.config.tau if tau is None else tau, last, decode, depth=0 if last == 0 else None
+            state,
+            first,
+            end,
+            self.config.tau if tau is None else tau,
+            offsets or (0.0,) * self.layers,
+            last,
+            decode,
+            depth=0 if last == 0 else None,
         )
         positions = {"position_ids": torch.arange(first, end)[None]} if self._with_positions else {}
         keep = {"logits_to_keep": len(tokens)} if self._keeps_logits else {}
@@ -210,17 +225,19 @@ class ReferenceDecoder:
         hidden, call = policy.enter(slot, hidden, call, now.end)
         after = parts.run(parts.backbone, hidden, call)
         depth = index + 1
-        if depth >= now.last_depth or (now.may_exit and self._exits(depth, hidden, after, now.tau)):
+        if depth >= now.last_depth or (
+            now.may_exit and self._exits(depth, hidden, after, now.tau + now.tau_offsets[index])
+        ):
             now.depth = depth
             policy.exited(after, depth, now.end - 1)
         return after
 
-    def _exits(self, depth: int, before: torch.Tensor, after: torch.Tensor, tau: float) -> bool:
+    def _exits(self, depth: int, before: torch.Tensor, after: torch.Tensor, threshold: float) -> bool:
         """The exit decision of the new token (paper, section 3), in float32; a NaN is above nothing."""
         if depth < self.config.min_depth or depth % self.config.exit_every or depth >= self.layers:
             return False
         similarity = torch.cosine_similarity(before[0, -1].float(), after[0, -1].float(), dim=-1)
-        return bool(similarity > tau + self.config.tau_offset(depth - 1))
+        return bool(similarity > threshold)
 
     def _probe(self, stack: nn.ModuleList) -> list[Probe]:
         """How the model calls each of its layers, by one token sent through."""
