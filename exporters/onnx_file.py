@@ -51,6 +51,7 @@ _NO_FUNCTION = (
     "external_data",
     "dump_dir",
     "strict",
+    "kv_policy",
 )
 
 

@@ -178,6 +178,7 @@ def calibrate(
     by_layer: bool = False,
     max_tokens: int = 64,
     max_documents: int | None = None,
+    threads: int | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -196,6 +197,7 @@ def calibrate(
             is then not tested on. An exported model needs room for it (``RiverConfig(tau_offsets=())``).
         max_tokens: only the first so many tokens of a document are read.
         max_documents: only so many, evenly spread over ``texts``.
+        threads: of ONNX Runtime within an operator; its own choice if None.
         cache: a folder for readings, by model, text and threshold, so that an interrupted run goes on; None: none.
         progress: is told the step, and documents done and in all.
 
@@ -205,7 +207,7 @@ def calibrate(
     """
     check_risk(max_risk, confidence)
     order = _check(taus, loss, kl_clip)
-    subject = _subject(model)
+    subject = _subject(model, threads)
     if by_layer and not subject.has_offsets:
         raise ConfigError("by_layer", "the model has one threshold for all layers; export it with room for more")
     documents = _documents(texts, tokenizer, subject.vocabulary, max_tokens, max_documents)
@@ -263,12 +265,14 @@ def _check(taus: Sequence[float], loss: str, kl_clip: float) -> list[float]:
     return sorted(set(taus), reverse=True)
 
 
-def _subject(model: Any) -> Calibratable:
+def _subject(model: Any, threads: int | None) -> Calibratable:
     from river_compile.calibratable import OnnxCalibratable, TorchCalibratable
 
     if isinstance(model, (str, Path)):
         path = Path(model)
-        return OnnxCalibratable(path) if path.is_file() or path.suffix == ".onnx" else TorchCalibratable.load(path)
+        if path.is_file() or path.suffix == ".onnx":
+            return OnnxCalibratable(path, threads)
+        return TorchCalibratable.load(path)
     if hasattr(model, "read"):
         return model  # type: ignore[no-any-return]
     return TorchCalibratable(model)

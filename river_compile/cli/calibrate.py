@@ -66,6 +66,7 @@ Examples:
 )
 @click.option("--max-tokens", type=int, default=64, show_default=True, help="Read of each document.")
 @click.option("--documents", type=int, help="Only so many documents, evenly spread.")
+@click.option("--threads", type=int, help="Threads of ONNX Runtime within an operator.  [default: its own choice]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the threshold and its evidence there.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a plot of risk and exit depth against tau there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
@@ -84,6 +85,7 @@ def main(
     by_layer: bool,
     max_tokens: int,
     documents: int | None,
+    threads: int | None,
     output: Path | None,
     png: Path | None,
     as_json: bool,
@@ -118,6 +120,7 @@ def main(
             by_layer=by_layer,
             max_tokens=max_tokens,
             max_documents=documents,
+            threads=threads,
             cache=cache,
             progress=progress,
         )
