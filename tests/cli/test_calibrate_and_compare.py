@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -14,31 +13,17 @@ from river_compile import RiverConfig, export
 from river_compile.cli.calibrate import main as river_calibrate
 from river_compile.cli.compare import main as river_compare
 from river_compile.cli.export import main as river_export
-from tests.families import VOCABULARY, random_model
+from tests.words import save_word_model, save_word_texts
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: a random model, and a tokenizer for which a word is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("hf") / "model"
-    random_model("llama").save_pretrained(path)
-    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"[UNK]": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(path)
-    return path
+    return save_word_model(tmp_path_factory.mktemp("hf") / "model")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rng = np.random.default_rng(1)
-    lines = [" ".join(f"w{i}" for i in rng.integers(3, VOCABULARY - 1, 12)) for _ in range(30)]
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return save_word_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
 
 
 @pytest.fixture(scope="module")
