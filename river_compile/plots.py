@@ -76,19 +76,21 @@ def draw_policies(comparison: Comparison, path: Path) -> None:
             elinewidth=0.8,
             zorder=3 if policy == "share" else 2,
         )
-    for point, mark in zip((p for p in comparison.points if p.policy is None), ("*", "P"), strict=False):
-        axes.scatter([point.milliseconds], [100 * point.top1.value], marker=mark, s=130, color="black", zorder=4)
+    for point in (point for point in comparison.points if point.policy is None):
+        whole = point.label == "backbone"
+        place = (point.milliseconds, 100 * point.top1.value)
+        axes.scatter(*place, marker="*" if whole else "P", s=130, color="black", zorder=4)
         axes.annotate(
-            "full backbone" if point.label == "backbone" else "fully 4-bit",
-            (point.milliseconds, 100 * point.top1.value),
-            xytext=(-6, -14),
+            "full backbone" if whole else "fully 4-bit",
+            place,
+            xytext=(-4, 8) if whole else (-8, -14),
             textcoords="offset points",
             ha="right",
         )
     axes.set_xlabel("milliseconds a token (batch 1)")
     axes.set_ylabel("top-1 agreement with the full backbone, %")
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 104)
+    axes.set_ylim(0, 109)
     axes.grid(alpha=0.25)
     axes.legend(title="KV policy", loc="upper left", frameon=False)
     axes.set_title(
@@ -108,7 +110,9 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
     if not calibration.curve:
         raise RiverError("there is nothing to draw: no threshold was tested")
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, (axes, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 5.6), height_ratios=(3, 2), layout="constrained"
+    )
     names = [f"{tested.tau:g}" for tested in calibration.curve]
     risks = [tested.risk for tested in calibration.curve]
     axes.plot(names, risks, color="#0b6e99", linewidth=1.6, zorder=2)
@@ -117,19 +121,15 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
         if chosen:
             axes.scatter(*zip(*chosen, strict=True), marker=mark, color="#0b6e99", s=45, label=label, zorder=3)
     axes.axhline(calibration.max_risk, color="#b22222", linestyle="--", label=f"bound: {calibration.max_risk:g}")
-    axes.set_ylim(0, 1.3 * max(*risks, calibration.max_risk))
-    axes.set_xlabel("tau, from the safest down")
-    axes.set_ylabel(f"mean loss over documents ({calibration.loss})")
-    axes.grid(alpha=0.25)
-    depth = axes.twinx()
-    depth.plot(
-        names, [t.exit_depth for t in calibration.curve], color="#c2571a", marker="s", linewidth=1, label="exit depth"
-    )
-    depth.set_ylim(0, calibration.layers * 1.05)
-    depth.set_ylabel(f"mean exit depth, of {calibration.layers} layers")
-    handles = [line for one in (axes, depth) for line in one.get_legend_handles_labels()[0]]
-    labels = [text for one in (axes, depth) for text in one.get_legend_handles_labels()[1]]
-    axes.legend(handles, labels, loc="lower left", frameon=False)
+    axes.set_ylim(0, 1.15 * max(*risks, calibration.max_risk))
+    axes.set_ylabel(f"risk ({calibration.loss})")
+    below.plot(names, [tested.exit_depth for tested in calibration.curve], color="#c2571a", marker="s", linewidth=1.6)
+    below.set_ylim(0, calibration.layers * 1.05)
+    below.set_ylabel(f"mean exit depth\n(of {calibration.layers} layers)")
+    below.set_xlabel("tau, from the safest down")
+    for panel in (axes, below):
+        panel.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axes.set_title(
         f"{calibration.verdict()}\n{calibration.documents} documents, {calibration.tokens} tokens", fontsize=9
     )

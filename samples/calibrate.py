@@ -3,7 +3,7 @@
     python samples/calibrate.py MODEL.river.onnx TOKENIZER_FOLDER MAX_RISK [TEXTS...]
 
 TEXTS are files of your own (text, or JSONL with a document a line); without any, the calibration texts that come with
-the package are used. The result is written to calibration.json: `river-export model.onnx --calibration calibration.json`
+the package are used. The result goes into calibration.json: `river-export model.onnx --calibration calibration.json`
 takes it. Interrupt it as you like: what was read is kept in .cache/readings.
 """
 
