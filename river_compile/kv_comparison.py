@@ -29,7 +29,7 @@ from river_compile.reference import ReferenceDecoder
 
 __all__ = ["DEFAULT_TAUS", "Comparison", "PolicyPoint", "PolicySetting", "compare_policies"]
 
-DEFAULT_TAUS = (0.99, 0.985, 0.98, 0.97, 0.95, 0.9)
+DEFAULT_TAUS = (0.99, 0.98, 0.97, 0.9)
 
 _NEVER = 2.0
 _TIMED_DOCUMENTS, _TIMED_TOKENS = 3, 24
@@ -116,8 +116,8 @@ def compare_policies(
     policies: Sequence[str] = KV_POLICIES,
     taus: Sequence[float] = DEFAULT_TAUS,
     prompt_tokens: int = 8,
-    max_tokens: int = 96,
-    max_documents: int | None = 18,
+    max_tokens: int = 64,
+    max_documents: int | None = 8,
     rounds: int = 5,
     confidence: float = 0.95,
     cache: Path | None = None,

@@ -57,7 +57,7 @@ def _policies(ctx: click.Context, param: click.Parameter, value: str) -> tuple[s
     "taus",
     callback=numbers("tau"),
     metavar="LIST",
-    default="0.99,0.985,0.98,0.97,0.95,0.9",
+    default="0.99,0.98,0.97,0.9",
     show_default=True,
     help="Thresholds.",
 )
@@ -65,8 +65,8 @@ def _policies(ctx: click.Context, param: click.Parameter, value: str) -> tuple[s
 @click.option("--group-size", type=click.Choice([str(size) for size in GROUP_SIZES]), default="32", show_default=True)
 @click.option("--quantizer", default=_DEFAULTS.quantizer, show_default=True, help="Algorithm that makes the river.")
 @click.option("--prompt-tokens", type=int, default=8, show_default=True, help="Read by the backbone, not counted.")
-@click.option("--max-tokens", type=int, default=96, show_default=True, help="Of each document.")
-@click.option("--documents", type=int, default=18, show_default=True, help="Documents, evenly spread over the texts.")
+@click.option("--max-tokens", type=int, default=64, show_default=True, help="Of each document.")
+@click.option("--documents", type=int, default=8, show_default=True, help="Documents, evenly spread over the texts.")
 @click.option("--rounds", type=int, default=5, show_default=True, help="Interleaved rounds of timing; 0: none.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write the plot there.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
