@@ -41,18 +41,8 @@ _INLINE_BELOW = 1024
 _NARROW: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.FLOAT4E2M1: 4}
 _CHUNK = 1 << 24
 _NO_WEIGHT = ("river.tau", "river.max_depth", "river.tau_offsets", "river/thresholds/axes", "river/layers")
-_NO_FUNCTION = (
-    "tau",
-    "tau_offsets",
-    "min_depth",
-    "max_depth",
-    "calibration",
-    "extra_output",
-    "external_data",
-    "dump_dir",
-    "strict",
-    "kv_policy",
-)
+# What a river computes with beside its weights, which show all other settings but thresholds.
+_FUNCTION = ("activations", "exit_every")
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -202,9 +192,9 @@ def save(
 
 def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:
     """SHA-256 of what a river model computes with at a given exit depth: all weights of backbone and river, and the
-    config's settings but for thresholds, which a run may set anew, and for how the file is written."""
+    settings that neither they nor a threshold show."""
     settings = next(json.loads(p.value) for p in model.metadata_props if p.key == RIVER_CONFIG)
-    digest = hashlib.sha256(json.dumps({k: v for k, v in settings.items() if k not in _NO_FUNCTION}).encode())
+    digest = hashlib.sha256(json.dumps([settings.get(name) for name in _FUNCTION]).encode())
     for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
         if tensor.name not in _NO_WEIGHT:
             digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())

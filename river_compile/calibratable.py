@@ -34,6 +34,8 @@ class OnnxCalibratable:
         self.layers = self._decoder.layers
         self.has_offsets = self._decoder.has_offsets
         config = json.loads(self._decoder.session.get_modelmeta().custom_metadata_map["river.config"])
+        if config["max_depth"] is not None:
+            raise InputError(f"{path}: its exit depth is limited by max_depth; calibrate a model without a limit")
         self.min_depth = int(config["min_depth"])
         logits, _ = self._decoder.forward(np.zeros((1, 1), np.int64), self._decoder.start(1))
         self.vocabulary = int(logits.shape[-1])

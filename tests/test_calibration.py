@@ -209,6 +209,24 @@ def test_an_export_takes_the_threshold_and_carries_the_evidence(
     assert json.loads(metadata["river.config"])["tau"] == calibration.tau
 
 
+def test_evidence_is_of_the_river_and_not_of_its_thresholds(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    prints = []
+    for number, config in enumerate(
+        (
+            RiverConfig(),
+            RiverConfig(tau=0.3, min_depth=2, tau_offsets=(), extra_output=False, external_data=True),
+            RiverConfig(bits=8),
+            RiverConfig(exit_every=2),
+            RiverConfig(activations="float"),
+        )
+    ):
+        path = tmp_path / f"{number}.onnx"
+        export(exported("llama"), path, config)
+        prints.append(OnnxCalibratable(path).fingerprint())
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
 def test_an_export_of_another_river_refuses_the_evidence(
     calibration: Calibration, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -250,6 +268,9 @@ def test_a_hugging_face_decoder_is_calibrated_in_the_reference_runtime() -> None
 def test_what_is_no_river_model_is_one_clear_line(exported: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no river model"):
         OnnxCalibratable(exported("llama"))
+    export(exported("llama"), tmp_path / "limited.onnx", RiverConfig(max_depth=2))
+    with pytest.raises(InputError, match="its exit depth is limited by max_depth"):
+        OnnxCalibratable(tmp_path / "limited.onnx")
     with pytest.raises(InputError, match="no such file"):
         calibrate(tmp_path / "none.onnx", _texts(3), TOKENIZER)
 
