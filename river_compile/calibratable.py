@@ -50,7 +50,7 @@ class OnnxCalibratable:
             self._fingerprint = fingerprint(onnx.load(str(self._path), load_external_data=False), self._path.parent)
         return self._fingerprint
 
-    def read(self, ids: np.ndarray, thresholds: Thresholds | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, ids: np.ndarray, thresholds: Thresholds | None, prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         state = self._decoder.start(1)
         if thresholds is None:
             # The backbone makes no decisions, so it may read the document in one pass.
@@ -60,11 +60,11 @@ class OnnxCalibratable:
         if offsets is None and self.has_offsets:
             offsets = (0.0,) * self.layers
         rows, depths = [], []
-        for token in ids.reshape(-1, 1, 1):
-            logits, depth = self._decoder.forward(token, state, tau=thresholds.tau, tau_offsets=offsets)
-            rows.append(logits[0, 0])
-            depths.append(self.layers if depth is None else depth)
-        return np.stack(rows), np.array(depths)
+        for part in _passes(ids, prompt_tokens):
+            logits, depth = self._decoder.forward(part, state, tau=thresholds.tau, tau_offsets=offsets)
+            rows.append(logits[0])
+            depths += [self.layers if depth is None else depth] * part.shape[1]
+        return np.concatenate(rows), np.array(depths)
 
 
 class TorchCalibratable:
@@ -99,8 +99,17 @@ class TorchCalibratable:
     def fingerprint(self) -> str:
         return self._decoder.fingerprint()
 
-    def read(self, ids: np.ndarray, thresholds: Thresholds | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, ids: np.ndarray, thresholds: Thresholds | None, prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         state = self._decoder.start(1, capacity=len(ids))
         tau, offsets = (NEVER, None) if thresholds is None else (thresholds.tau, thresholds.offsets)
-        passes = [self._decoder.forward(token, state, tau=tau, tau_offsets=offsets) for token in ids.reshape(-1, 1, 1)]
-        return np.stack([logits[0, 0] for logits, _ in passes]), np.array([depth for _, depth in passes])
+        rows, depths = [], []
+        for part in _passes(ids, prompt_tokens):
+            logits, depth = self._decoder.forward(part, state, tau=tau, tau_offsets=offsets)
+            rows.append(logits[0])
+            depths += [depth] * part.shape[1]
+        return np.concatenate(rows), np.array(depths)
+
+
+def _passes(ids: np.ndarray, prompt_tokens: int) -> list[np.ndarray]:
+    """The prompt, then every token alone: int64 [1, tokens] each."""
+    return [ids[None, :prompt_tokens], *ids[prompt_tokens:].reshape(-1, 1, 1)]

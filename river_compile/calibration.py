@@ -57,8 +57,8 @@ class Calibratable(Protocol):
         """Equal for models that compute the same at every exit depth."""
         ...
 
-    def read(self, ids: np.ndarray, thresholds: Thresholds | None) -> tuple[np.ndarray, np.ndarray]:
-        """Read a document token by token, or as the backbone if None.
+    def read(self, ids: np.ndarray, thresholds: Thresholds | None, prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read a document: its prompt in one pass, the rest token by token; or as the backbone if None.
 
         Returns:
             Logits, float32 [tokens, vocabulary], and exit depths, int [tokens].
@@ -95,7 +95,9 @@ class Calibration:
             nothing has been, never to exit is free of risk.
         loss: of a document: the share of its tokens whose top-1 prediction is not the backbone's ("disagreement"), or
             the mean over its tokens of KL(backbone || river), clipped at ``kl_clip`` nats and divided by it ("kl").
-        documents, tokens: tested on. ``explored_documents``: others, used to choose ``tau_offsets``, not tested on.
+        documents, tokens: tested on: documents, and tokens whose prediction counts.
+        explored_documents: others, used to choose ``tau_offsets`` and not tested on.
+        prompt_tokens: of each document that were read in one pass, as a prompt is; the last one's prediction counts.
         least_documents: without so many documents nothing can be certified, whatever the loss.
         risk, p_value, exit_depth: of the threshold chosen, as measured; None for "never exit".
         curve: every threshold tested, from the safest down to the first that failed.
@@ -114,6 +116,7 @@ class Calibration:
     kl_clip: float
     documents: int
     tokens: int
+    prompt_tokens: int
     explored_documents: int
     least_documents: int
     risk: float | None
@@ -176,6 +179,7 @@ def calibrate(
     kl_clip: float = 1.0,
     taus: Sequence[float] = DEFAULT_TAUS,
     by_layer: bool = False,
+    prompt_tokens: int = 8,
     max_tokens: int = 64,
     max_documents: int | None = None,
     threads: int | None = None,
@@ -195,6 +199,9 @@ def calibrate(
         taus: thresholds to test; they are put in order.
         by_layer: choose the least depth and a threshold for each layer as well, on a quarter of the documents, which
             is then not tested on. An exported model needs room for it (``RiverConfig(tau_offsets=())``).
+        prompt_tokens: a document's first tokens, read in one pass like the prompt they would be (the model's own rule
+            for prefill holds there); only predictions from the last of them on count. Decoding without any prompt would
+            let the first token exit, on whose keys and values all later ones lean hardest.
         max_tokens: only the first so many tokens of a document are read.
         max_documents: only so many, evenly spread over ``texts``.
         threads: of ONNX Runtime within an operator; its own choice if None.
@@ -210,9 +217,10 @@ def calibrate(
     subject = _subject(model, threads)
     if by_layer and not subject.has_offsets:
         raise ConfigError("by_layer", "the model has one threshold for all layers; export it with room for more")
-    documents = _documents(texts, tokenizer, subject.vocabulary, max_tokens, max_documents)
+    documents = _documents(texts, tokenizer, subject.vocabulary, prompt_tokens, max_tokens, max_documents)
     need = least_documents(max_risk, confidence)
-    reader = _Reader(subject, loss, kl_clip, Readings(cache, f"calibration 1 {subject.fingerprint()}"), progress)
+    kept = Readings(cache, f"calibration 2 {subject.fingerprint()} {prompt_tokens}")
+    reader = _Reader(subject, loss, kl_clip, prompt_tokens, kept, progress)
     explored: list[TokenizedDocument] = []
     start = Thresholds(NEVER)
     if by_layer:
@@ -238,7 +246,8 @@ def calibrate(
         loss=loss,
         kl_clip=kl_clip,
         documents=len(documents),
-        tokens=sum(len(document.ids) for document in documents),
+        tokens=sum(len(document.ids) - prompt_tokens + 1 for document in documents),
+        prompt_tokens=prompt_tokens,
         explored_documents=len(explored),
         least_documents=need,
         risk=chosen.risk if chosen else None,
@@ -282,11 +291,14 @@ def _documents(
     texts: Sequence[str | Path] | Sequence[Document] | None,
     tokenizer: TextTokenizer,
     vocabulary: int,
+    prompt_tokens: int,
     max_tokens: int,
     max_documents: int | None,
 ) -> list[TokenizedDocument]:
-    if max_tokens < 2:
-        raise ConfigError("max_tokens", f"must be 2 or more, not {max_tokens}")
+    if prompt_tokens < 1:
+        raise ConfigError("prompt_tokens", f"must be 1 or more, not {prompt_tokens}")
+    if max_tokens <= prompt_tokens:
+        raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
     if max_documents is not None and max_documents < 1:
         raise ConfigError("max_documents", f"must be 1 or more, not {max_documents}")
     if texts is None:
@@ -295,6 +307,9 @@ def _documents(
         documents = [text for text in texts if isinstance(text, Document)]
         documents = documents or load_texts(text for text in texts if not isinstance(text, Document))
     whole = tokenize(documents, tokenizer, vocabulary)
+    short = next((document for document in whole if len(document.ids) <= prompt_tokens), None)
+    if short is not None:
+        raise InputError(f"{short.id}: {len(short.ids)} tokens are no more than the prompt's {prompt_tokens}")
     if max_documents is not None and max_documents < len(whole):
         whole = [whole[index] for index in np.linspace(0, len(whole) - 1, max_documents).round().astype(int)]
     return [TokenizedDocument(document.id, document.kind, document.ids[:max_tokens]) for document in whole]
@@ -315,23 +330,31 @@ class _Reader:
     """Losses and exit depths of documents at thresholds, each read once."""
 
     def __init__(
-        self, subject: Calibratable, loss: str, kl_clip: float, kept: Readings, progress: Progress | None
+        self,
+        subject: Calibratable,
+        loss: str,
+        kl_clip: float,
+        prompt_tokens: int,
+        kept: Readings,
+        progress: Progress | None,
     ) -> None:
         self.layers, self.min_depth = subject.layers, subject.min_depth
         self._subject, self._loss, self._clip, self._kept = subject, loss, kl_clip, kept
+        self._prompt = prompt_tokens
         self._progress = progress or (lambda step, done, total: None)
 
     def read(self, documents: Sequence[TokenizedDocument], at: Thresholds, step: str) -> tuple[np.ndarray, float]:
-        """The loss of each document, float [documents], and the mean exit depth over all tokens."""
+        """The loss of each document, float [documents], and the mean exit depth over all decoded tokens."""
         losses, depths = [], []
         for number, document in enumerate(documents):
             self._progress(step, number, len(documents))
             reading = self._kept.load(document.ids, at)
             if reading is None:
-                backbone, _ = self._subject.read(document.ids, None)
-                logits, exits = self._subject.read(document.ids, at)
-                measured = compare(backbone, logits, document.ids)
-                reading = {"top1": measured.top1, "kl": measured.kl, "depth": exits}
+                counted = slice(self._prompt - 1, None)
+                backbone, _ = self._subject.read(document.ids, None, self._prompt)
+                logits, exits = self._subject.read(document.ids, at, self._prompt)
+                measured = compare(backbone[counted], logits[counted], document.ids[counted])
+                reading = {"top1": measured.top1, "kl": measured.kl, "depth": exits[self._prompt :]}
                 self._kept.save(document.ids, at, reading)
             losses.append(self._loss_of(reading))
             depths.append(reading["depth"])

@@ -25,7 +25,7 @@ TOKENIZER = TextTokenizer(lambda text: [int(word) for word in text.split()], str
 TAUS = (0.9, 0.8, 0.7, 0.6)
 
 
-def _texts(count: int, length: int = 20) -> list[Document]:
+def _texts(count: int, length: int = 27) -> list[Document]:
     rng = np.random.default_rng(5)
     return [
         Document(f"text {i}", "numbers", " ".join(map(str, rng.integers(3, VOCABULARY, length)))) for i in range(count)
@@ -44,14 +44,16 @@ class Scripted:
     def fingerprint(self) -> str:
         return "scripted"
 
-    def read(self, ids: np.ndarray, thresholds: Thresholds | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, ids: np.ndarray, thresholds: Thresholds | None, prompt_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         logits = np.zeros((len(ids), VOCABULARY), np.float32)
         logits[:, 0] = 5
         if thresholds is None:
             return logits, np.full(len(ids), self.layers)
         self.asked.append(thresholds)
-        wrong = round(self.share(thresholds) * len(ids))
-        logits[:wrong, 1] = 9
+        counted = len(ids) - prompt_tokens + 1
+        wrong = round(self.share(thresholds) * counted)
+        logits[len(ids) - wrong :, 1] = 9
+        logits[: prompt_tokens - 1, 1] = 9  # these do not count
         open_layers = [offset <= 1 for offset in thresholds.offsets or (0.0,) * self.layers]
         first = open_layers.index(True) + 1 if any(open_layers) else self.layers
         return logits, np.full(len(ids), max(first, round(self.layers * thresholds.tau)))
@@ -147,7 +149,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ({"kl_clip": 0.0}, "kl_clip: must be above 0"),
         ({"taus": ()}, "tau: name thresholds"),
         ({"taus": (1.5,)}, "tau: name thresholds"),
-        ({"max_tokens": 1}, "max_tokens: must be 2 or more"),
+        ({"max_tokens": 8}, "max_tokens: must be more than the prompt's 8"),
+        ({"prompt_tokens": 0}, "prompt_tokens: must be 1 or more"),
     ],
 )
 def test_bad_settings_are_one_clear_line(wrong: dict[str, object], message: str) -> None:
@@ -156,7 +159,11 @@ def test_bad_settings_are_one_clear_line(wrong: dict[str, object], message: str)
 
 
 def test_bad_texts_are_one_clear_line(tmp_path: Path) -> None:
-    for name, text, message in (("empty.txt", " ", "the text is empty"), ("short.txt", "7", "1 tokens are too few")):
+    for name, text, message in (
+        ("empty.txt", " ", "the text is empty"),
+        ("short.txt", "7", "1 tokens are too few"),
+        ("prompt.txt", "7 " * 8, "8 tokens are no more than the prompt's 8"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=message):
             calibrate(Scripted(_risky), [tmp_path / name], TOKENIZER)
@@ -177,18 +184,19 @@ def river(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def calibration(river: Path) -> Calibration:
     """Loose enough for a random model to be certified."""
-    return calibrate(river, _texts(30, 10), TOKENIZER, max_risk=0.9, taus=(0.9, 0.5, 0.0))
+    return calibrate(river, _texts(30, 10), TOKENIZER, max_risk=0.9, taus=(0.9, 0.5, 0.0), prompt_tokens=4)
 
 
-def test_the_losses_are_those_of_decoding_token_by_token(river: Path, calibration: Calibration) -> None:
+def test_the_losses_are_those_of_decoding_after_a_prompt(river: Path, calibration: Calibration) -> None:
     decoder = OnnxDecoder(river)
     losses = []
     for document in _texts(30, 10):
         ids = np.array(TOKENIZER.encode(document.text))
         expected = decoder.forward(ids[None], decoder.start(1), tau=2.0)[0][0].argmax(-1)
         state = decoder.start(1)
-        found = [decoder.forward(token, state, tau=0.5)[0][0, 0].argmax() for token in ids.reshape(-1, 1, 1)]
-        losses.append(np.mean(np.array(found) != expected))
+        found = [decoder.forward(ids[None, :4], state, tau=0.5)[0][0, -1].argmax()]
+        found += [decoder.forward(token, state, tau=0.5)[0][0, 0].argmax() for token in ids[4:].reshape(-1, 1, 1)]
+        losses.append(np.mean(np.array(found) != expected[3:]))
     tested = next(tested for tested in calibration.curve if tested.tau == 0.5)
     assert tested.risk == pytest.approx(np.mean(losses))
     assert tested.p_value == pytest.approx(float(hoeffding_bentkus(np.mean(losses), 30, 0.9)))
@@ -259,7 +267,7 @@ def test_calibrated_offsets_are_in_the_export(
 
 
 def test_a_hugging_face_decoder_is_calibrated_in_the_reference_runtime() -> None:
-    found = calibrate(random_model("llama"), _texts(12, 6), TOKENIZER, max_risk=0.9, taus=(0.9,), by_layer=False)
+    found = calibrate(random_model("llama"), _texts(12, 6), TOKENIZER, max_risk=0.9, taus=(0.9,), prompt_tokens=3)
     assert found.layers == LAYERS
     assert found.documents == 12
     assert len(found.curve) == 1

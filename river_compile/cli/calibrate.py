@@ -64,6 +64,7 @@ Examples:
     help="Choose the least depth and each layer's threshold as well, on a quarter of the documents. An exported model "
     "needs room for it: river-export --layer-tau.",
 )
+@click.option("--prompt-tokens", type=int, default=8, show_default=True, help="Read in one pass; the rest is decoded.")
 @click.option("--max-tokens", type=int, default=64, show_default=True, help="Read of each document.")
 @click.option("--documents", type=int, help="Only so many documents, evenly spread.")
 @click.option("--threads", type=int, help="Threads of ONNX Runtime within an operator.  [default: its own choice]")
@@ -83,6 +84,7 @@ def main(
     kl_clip: float,
     taus: tuple[float, ...],
     by_layer: bool,
+    prompt_tokens: int,
     max_tokens: int,
     documents: int | None,
     threads: int | None,
@@ -118,6 +120,7 @@ def main(
             kl_clip=kl_clip,
             taus=taus,
             by_layer=by_layer,
+            prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             max_documents=documents,
             threads=threads,
