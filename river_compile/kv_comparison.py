@@ -32,7 +32,7 @@ __all__ = ["DEFAULT_TAUS", "Comparison", "PolicyPoint", "PolicySetting", "compar
 DEFAULT_TAUS = (0.99, 0.98, 0.97, 0.9)
 
 _NEVER = 2.0
-_TIMED_DOCUMENTS, _TIMED_TOKENS = 3, 24
+_TIMED_DOCUMENTS, _TIMED_TOKENS = 3, 12
 
 Progress = Callable[[str, int, int], None]
 
