@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import secrets
@@ -18,15 +20,29 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from river_compile.errors import InputError, RiverError
 
-__all__ = ["EXTERNAL_ABOVE", "RIVER_CONFIG", "check_apart", "check_target", "load", "save", "tensor_bytes"]
+__all__ = [
+    "CALIBRATION",
+    "EXTERNAL_ABOVE",
+    "RIVER_CONFIG",
+    "check_apart",
+    "check_target",
+    "fingerprint",
+    "load",
+    "save",
+    "tensor_bytes",
+]
 
 RIVER_CONFIG = "river.config"
+CALIBRATION = "river.calibration"
 EXTERNAL_ABOVE = 1 << 30
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 _ALIGNMENT = 4096
 _INLINE_BELOW = 1024
 _NARROW: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.FLOAT4E2M1: 4}
 _CHUNK = 1 << 24
+_NO_WEIGHT = ("river.tau", "river.max_depth", "river.tau_offsets", "river/thresholds/axes", "river/layers")
+# What a river computes with beside its weights, which show all other settings but thresholds.
+_FUNCTION = ("activations", "exit_every")
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -172,6 +188,19 @@ def save(
             (path.parent / data_name).unlink(missing_ok=True)
     progress(total, total)
     return [path.parent / name for name in reversed(names)]
+
+
+def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:
+    """SHA-256 of what a river model computes with at a given exit depth: all weights of backbone and river, and the
+    settings that neither they nor a threshold show."""
+    settings = next(json.loads(p.value) for p in model.metadata_props if p.key == RIVER_CONFIG)
+    digest = hashlib.sha256(json.dumps([settings.get(name) for name in _FUNCTION]).encode())
+    for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
+        if tensor.name not in _NO_WEIGHT:
+            digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
+            for chunk in _chunks(tensor, folder):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

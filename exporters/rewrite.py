@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 
 from river_compile.config import RiverConfig
-from river_compile.exporters.onnx_file import RIVER_CONFIG, tensor_bytes
+from river_compile.exporters.onnx_file import CALIBRATION, RIVER_CONFIG, tensor_bytes
 from river_compile.passes.onnx.find_layers import Anatomy, find_layers
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
 from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
@@ -98,6 +98,8 @@ def rewrite(
     points = insert_exits(graph, anatomy, branches, config)
     after("insert_exits", started)
     graph.metadata[RIVER_CONFIG] = config.to_json()
+    if config.calibration is not None:
+        graph.metadata[CALIBRATION] = str(config.calibration)
     graph.metadata["river.quantizer"] = quantizer.name
     graph.metadata["river.layers"] = str(len(anatomy.layers))
     slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]

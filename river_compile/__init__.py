@@ -7,10 +7,12 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.calibration import Calibration, calibrate
     from river_compile.evaluation import Evaluation, evaluate
     from river_compile.tuning import Tuning
 
 __all__ = [
+    "Calibration",
     "Evaluation",
     "ExportReport",
     "Plan",
@@ -18,6 +20,7 @@ __all__ = [
     "RiverError",
     "Tuning",
     "__version__",
+    "calibrate",
     "evaluate",
     "export",
     "plan",
@@ -25,10 +28,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
+    "Calibration": "calibration",
     "Evaluation": "evaluation",
     "ExportReport": "api",
     "Plan": "api",
     "Tuning": "tuning",
+    "calibrate": "calibration",
     "evaluate": "evaluation",
     "export": "api",
     "plan": "api",

@@ -134,6 +134,8 @@ def export(
     started = time.perf_counter()
     target = Path(output) if output is not None else _beside(model)
     onnx_file.check_target(target)
+    if config.kv_policy != "share":
+        raise ConfigError("kv_policy", f"an exported model shares its KV cache; {config.kv_policy!r} is for comparison")
     chosen = quantizer(config.quantizer)
     with ExitStack() as stack:
         source, label = _as_onnx(model, target.parent, stack, progress)
@@ -155,6 +157,8 @@ def export(
             lambda done, total: progress("quantize", done, total),
             moments,
         )
+        if config.calibration is not None:
+            _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
         rewritten = time.perf_counter()
         onnx_file.save(
             result.model,
@@ -180,6 +184,13 @@ def export(
         notes=tuple(result.river.notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
+
+
+def _check_calibration(text: str, fingerprint: str) -> None:
+    if json.loads(text).get("model_sha256") != fingerprint:
+        raise ConfigError(
+            "calibration", "it was made with another model or river: other weights, or other settings than its tau"
+        )
 
 
 def plan(

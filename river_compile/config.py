@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "KV_POLICIES", "RiverConfig"]
 
 BITS = (4, 8)
 FLOAT: Literal["float"] = "float"
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
+KV_POLICIES = ("share", "propagate", "mask", "recompute", "monotone")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class RiverConfig:
             section 3: 0.5 for Llama, 0.8 to 0.9 for Phi and Ministral.
         max_depth: hard limit on the exit depth (backbone layers per forward pass); None is no limit, 0 all river.
         min_depth: backbone layers that every forward pass runs before similarity may make it exit.
+        tau_offsets: what to add to ``tau`` after each decoder layer, one number a layer; an offset of 3 means that no
+            token exits there. Empty: all 0, but an exported model has room to set them at run time (the overridable
+            ``river.tau_offsets``). None: one threshold for all layers, and no such room.
+        calibration: a threshold with its evidence, as `river_compile.calibrate` writes it: the file, or its JSON text.
+            It sets ``tau``, ``min_depth`` and ``tau_offsets``, and goes into an exported model's metadata whole.
         exit_every: an exit decision after every K-th layer only.
         keep_layers: indices of decoder layers that get no river twin; negative ones count from the end.
         bits: bits of a river weight.
@@ -44,6 +50,8 @@ class RiverConfig:
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
             W4A16), and slow with 8-bit weights. A GPU computes in the model's type either way.
         quantizer: the name of the algorithm that chooses scales and zero points.
+        kv_policy: what becomes of the K and V of skipped layers: "share", the river; the others (propagate, mask,
+            recompute, monotone) exist in `river_compile.reference` alone, to be compared with.
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
@@ -53,6 +61,8 @@ class RiverConfig:
     tau: float = 0.9
     max_depth: int | None = None
     min_depth: int = 1
+    tau_offsets: tuple[float, ...] | None = None
+    calibration: str | Path | None = None
     exit_every: int = 1
     keep_layers: tuple[int, ...] = ()
     bits: int = 4
@@ -60,6 +70,7 @@ class RiverConfig:
     group_size: int = 32
     activations: str = "int8"
     quantizer: str = "rtn"
+    kv_policy: str = "share"
     extra_output: bool = True
     external_data: bool | None = None
     dump_dir: Path | None = None
@@ -70,6 +81,8 @@ class RiverConfig:
         object.__setattr__(self, "bits_for", tuple((str(p), b) for p, b in self.bits_for))
         if self.dump_dir is not None:
             object.__setattr__(self, "dump_dir", Path(self.dump_dir))
+        if self.calibration is not None:
+            self._take_calibration()
         self._check_numbers()
         if self.bits not in BITS:
             raise ConfigError("bits", f"must be one of {BITS}, not {self.bits!r}")
@@ -82,6 +95,37 @@ class RiverConfig:
             raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
+
+        if self.kv_policy not in KV_POLICIES:
+            raise ConfigError("kv_policy", f"must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}")
+        if self.tau_offsets is not None:
+            object.__setattr__(self, "tau_offsets", tuple(map(float, self.tau_offsets)))
+            if any(map(math.isnan, self.tau_offsets)):
+                raise ConfigError("tau_offsets", "must be numbers, one a decoder layer")
+
+    def _take_calibration(self) -> None:
+        """Set the thresholds of the calibration, which is kept as its JSON text."""
+        text = str(self.calibration)
+        if not text.lstrip().startswith("{"):
+            try:
+                text = Path(text).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError("calibration", f"{text}: cannot be read") from error
+        try:
+            found = json.loads(text)
+            taken = {
+                "tau": float(found["tau"]),
+                "min_depth": int(found["min_depth"]),
+                "tau_offsets": None if found["tau_offsets"] is None else tuple(map(float, found["tau_offsets"])),
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError("calibration", "not a calibration, as river-calibrate writes it") from error
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in taken.items():
+            if getattr(self, name) not in (value, defaults[name]):
+                raise ConfigError("calibration", f"it sets {name}; give one of the two")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "calibration", json.dumps(found, sort_keys=True))
 
     def _check_numbers(self) -> None:
         if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not math.isfinite(self.tau):
@@ -119,6 +163,10 @@ class RiverConfig:
                 return bits if isinstance(bits, int) else None
         return self.bits
 
+    def tau_offset(self, layer: int) -> float:
+        """What to add to ``tau`` for the exit decision after a decoder layer, counted from 0."""
+        return self.tau_offsets[layer] if self.tau_offsets else 0.0
+
     def kept(self, layers: int) -> frozenset[int]:
         """The indices in ``keep_layers`` for a stack of ``layers`` decoder layers, all counted from the front.
 
@@ -136,7 +184,7 @@ class RiverConfig:
         return tuple(depth for depth in range(first, layers) if depth % self.exit_every == 0)
 
     def to_json(self) -> str:
-        """This config as one line of JSON, as it is written into what is exported."""
+        """This config as one line of JSON, as it is written into what is exported; without a calibration's evidence."""
         fields = dataclasses.asdict(self)
-        fields["dump_dir"] = None
+        fields["dump_dir"] = fields["calibration"] = None
         return json.dumps(fields, sort_keys=True)

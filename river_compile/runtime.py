@@ -19,6 +19,7 @@ DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _CACHE_METADATA = "river.cache"
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
+_TAU_OFFSETS = "river.tau_offsets"
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -96,6 +97,7 @@ class OnnxDecoder:
         if "input_ids" not in self._inputs or "logits" not in self._outputs or not self.caches:
             raise InputError(f"{path}: no decoder: it needs input_ids, logits and a KV cache in its signature")
         self.has_river = _TAU in self._overridable
+        self.has_offsets = _TAU_OFFSETS in self._overridable
 
     @property
     def layers(self) -> int | None:
@@ -136,6 +138,7 @@ class OnnxDecoder:
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        tau_offsets: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, int | None]:
         """Run tokens through the model and move the state on.
 
@@ -144,6 +147,7 @@ class OnnxDecoder:
             state: of `start`; its KV cache is replaced by the one that holds these tokens as well.
             mask: int64 [batch, sequence], 0 for padding; all real if None.
             tau, max_depth: override the model's defaults for this pass.
+            tau_offsets: likewise, one number a layer, of a model that was exported with room for them.
 
         Returns:
             Logits, float32 [batch, sequence, vocabulary], and the exit depth if the model tells it.
@@ -156,10 +160,16 @@ class OnnxDecoder:
         for name, value in feeds.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, setting, kind in ((_TAU, tau, np.float32), (_MAX_DEPTH, max_depth, np.int64)):
+        overrides = (
+            (_TAU, tau, np.float32),
+            (_MAX_DEPTH, max_depth, np.int64),
+            (_TAU_OFFSETS, tau_offsets, np.float32),
+        )
+        for name, setting, kind in overrides:
             if setting is not None:
                 if name not in self._overridable:
-                    raise ConfigError(name.removeprefix("river."), "this model has no river")
+                    lack = "no threshold for each layer" if self.has_river else "no river"
+                    raise ConfigError(name.removeprefix("river."), f"this model has {lack}")
                 binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(np.array(setting, kind)))
         for past, value in state.caches.items():
             binding.bind_ortvalue_input(past, value)

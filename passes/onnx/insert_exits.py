@@ -10,18 +10,21 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from river_compile.config import RiverConfig
+from river_compile.errors import ConfigError
 from river_compile.passes.anatomy import CacheSlot, Layer
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, toposorted
 from river_compile.passes.onnx.twin import outer
 
-__all__ = ["EXIT_DEPTH", "TAU", "exit_points", "insert_exits"]
+__all__ = ["EXIT_DEPTH", "TAU", "TAU_OFFSETS", "exit_points", "insert_exits"]
 
 TAU = "river.tau"
+TAU_OFFSETS = "river.tau_offsets"
 EXIT_DEPTH = "river.exit_depth"
 _MASK = "attention_mask"
 _FLOAT32 = np.dtype(np.float32)
 _LAST_AXIS = "river/last_axis"
+_SPLIT_TELLS_OUTPUTS = 18
 
 
 def insert_exits(
@@ -31,16 +34,17 @@ def insert_exits(
 
     State transition similarity (paper, section 3): the cosine between a layer's input and output, per token, in fp32.
     The model exits after a layer iff the similarity of every token of every sequence lies above ``river.tau``, an
-    overridable initializer, float32 []. A similarity that is NaN or infinite is not above anything. The flag is sticky:
-    a river layer hands it on as true. Only the backbone branch computes similarity, so the river costs no decision.
-    Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence].
+    overridable initializer, float32 []; with ``tau_offsets`` in the config, above that plus the layer's entry in
+    ``river.tau_offsets``, another, float32 [layers]. A similarity that is NaN or infinite is not above anything. The
+    flag is sticky: a river layer hands it on as true. Only the backbone branch computes similarity, so the river costs
+    no decision. Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence].
 
     Requires: the Ifs that `share_kv` made of this graph.
     Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [], the number of
     backbone layers that ran, is an output if the config wants it. Returns the depths at which an exit may be decided.
     """
     points = exit_points(anatomy, branches, config)
-    threshold = _threshold(graph, anatomy, config.tau)
+    thresholds = _by_layer(graph, len(anatomy.layers), _threshold(graph, anatomy, config.tau), config)
     order = sorted(branches)
     for index, following in pairwise(order):
         beyond = branches[following].inputs[0]
@@ -48,7 +52,7 @@ def insert_exits(
         layer, branch = anatomy.layers[index], branches[index]
         stay, go = branch.attrs["else_branch"], branch.attrs["then_branch"]
         if index + 1 in points:
-            _decide(stay, layer, threshold, beyond, f"backbone.{index}/river/")
+            _decide(stay, layer, thresholds[index], beyond, f"backbone.{index}/river/")
         else:
             _pass_on(stay, beyond, f"backbone.{index}/river/")
         go.outputs.append(_constant_flag(go, f"river.{index}/river/stays"))
@@ -87,6 +91,27 @@ def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
     real = chain.add("Cast", [current], bool, to=onnx.TensorProto.BOOL)
     never = graph.add_weight("river/padding/never", np.array(-np.inf, np.float32))
     return chain.add("Where", [real, threshold, never], _FLOAT32)
+
+
+def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: RiverConfig) -> list[gs.Tensor]:
+    """Each layer's threshold: tau, plus its offset if the config has any; two or three nodes for the whole stack."""
+    if config.tau_offsets is None:
+        return [threshold] * layers
+    if config.tau_offsets and len(config.tau_offsets) != layers:
+        raise ConfigError("tau_offsets", f"{len(config.tau_offsets)} numbers for a stack of {layers} layers")
+    values = np.array(config.tau_offsets or (0.0,) * layers, np.float32)
+    offsets: gs.Tensor = graph.add_weight(TAU_OFFSETS, values)
+    graph.overridable.append(TAU_OFFSETS)
+    chain = _Chain(graph.nodes, "river/thresholds/")
+    if threshold.name != TAU:
+        axes = graph.add_weight("river/thresholds/axes", np.array([1, 2], np.int64))
+        offsets = chain.add("Unsqueeze", [offsets, axes], _FLOAT32)
+    every = chain.add("Add", [offsets, threshold], _FLOAT32)
+    # Before opset 18 the number of outputs alone says how to split.
+    count = {"num_outputs": layers} if graph.surgeon.opset >= _SPLIT_TELLS_OUTPUTS else {}
+    parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32) for index in range(layers)]
+    graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, **count}, [every], parts))
+    return parts
 
 
 def _grows(graph: OnnxGraph, caches: Sequence[CacheSlot]) -> bool:

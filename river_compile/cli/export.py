@@ -77,6 +77,15 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     "Stored as the default of the model's input river.tau, which can be set anew in every run.",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A threshold of river-calibrate, instead of --tau and --min-depth; its evidence goes into the metadata.",
+)
+@click.option(
+    "--layer-tau", is_flag=True, help="Make room for a threshold for each layer, the input river.tau_offsets."
+)
+@click.option(
     "--min-depth", type=int, default=_DEFAULTS.min_depth, show_default=True, help="Layers run before any exit."
 )
 @click.option("--max-depth", type=int, help="Leave after this many layers at the latest; 0: all river.")
@@ -148,6 +157,8 @@ def main(
     model: str,
     output: Path | None,
     tau: float,
+    calibration: Path | None,
+    layer_tau: bool,
     min_depth: int,
     max_depth: int | None,
     exit_every: int,
@@ -176,6 +187,8 @@ def main(
     """
     config = RiverConfig(
         tau=tau,
+        calibration=calibration,
+        tau_offsets=() if layer_tau and calibration is None else None,
         max_depth=max_depth,
         min_depth=min_depth,
         exit_every=exit_every,
