@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["QuantizedWeight", "Quantizer"]
+__all__ = ["QuantizedWeight", "Quantizer", "fitting_group"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,12 @@ class Quantizer(Protocol):
             weight: float32 [inputs, outputs]; ``group_size`` divides inputs.
         """
         ...
+
+
+def fitting_group(inputs: int, wanted: int) -> int | None:
+    """The largest power of two from 16 up to ``wanted`` that divides ``inputs``; None if there is none."""
+    while wanted >= 16:
+        if inputs % wanted == 0:
+            return wanted
+        wanted //= 2
+    return None

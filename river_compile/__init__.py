@@ -7,11 +7,36 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.backend import RiverBackend, set_max_depth, set_tau, stats
+    from river_compile.report import Stats
 
-__all__ = ["ExportReport", "Plan", "RiverConfig", "RiverError", "__version__", "export", "plan"]
+__all__ = [
+    "ExportReport",
+    "Plan",
+    "RiverBackend",
+    "RiverConfig",
+    "RiverError",
+    "Stats",
+    "__version__",
+    "export",
+    "plan",
+    "set_max_depth",
+    "set_tau",
+    "stats",
+]
 __version__ = "0.1.0"
 
-_HOME = {"ExportReport": "api", "Plan": "api", "export": "api", "plan": "api"}
+_HOME = {
+    "ExportReport": "api",
+    "Plan": "api",
+    "RiverBackend": "backend",
+    "Stats": "report",
+    "export": "api",
+    "plan": "api",
+    "set_max_depth": "backend",
+    "set_tau": "backend",
+    "stats": "backend",
+}
 
 
 def __getattr__(name: str) -> Any:

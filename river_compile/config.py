@@ -13,11 +13,12 @@ from typing import Any
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "GROUP_SIZES", "PREFILLS", "RiverConfig"]
 
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
+PREFILLS = ("auto", "river", "backbone")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class RiverConfig:
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
+        prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs every
+            layer), or "auto" (river only for prompts so short that its products are faster there).
         strict: raise where a compiled model would fall back to the plain backend.
     """
 
@@ -61,6 +64,7 @@ class RiverConfig:
     extra_output: bool = True
     external_data: bool | None = None
     dump_dir: Path | None = None
+    prefill: str = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class RiverConfig:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
         if self.activations not in ACTIVATIONS:
             raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
+        if self.prefill not in PREFILLS:
+            raise ConfigError("prefill", f"must be one of {', '.join(PREFILLS)}, not {self.prefill!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
 
