@@ -118,9 +118,16 @@ class Dispatcher:
     """
 
     def __init__(
-        self, graph: FxGraph, anatomy: Anatomy, plan: Plan, weights: GraphWeights, controls: Controls, artifacts: Artifacts
+        self,
+        graph: FxGraph,
+        anatomy: Anatomy,
+        plan: Plan,
+        points: Sequence[int],
+        weights: GraphWeights,
+        controls: Controls,
+        artifacts: Artifacts,
     ) -> None:
-        self._controls, self._weights = controls, weights
+        self._controls, self._weights, self._points = controls, weights, frozenset(points)
         self._places: dict[str, int] = {}
         inputs = graph.placeholders
         for node in inputs:
@@ -200,7 +207,7 @@ class Dispatcher:
     def _layer(self, piece: Piece, twin: Twin | None, index: int, artifacts: Artifacts) -> _Layer:
         name = similarity_name(index)
         backbone = self._call(piece, artifacts)
-        layer = _Layer(backbone, similarity=self._places[name] if name in piece.outputs else None)
+        layer = _Layer(backbone, similarity=self._places[name] if index + 1 in self._points else None)
         if twin is None:
             return layer
         layer.river = self._call(twin.river, artifacts)

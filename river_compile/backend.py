@@ -112,11 +112,11 @@ class RiverBackend:
             verify(graph, anatomy, ["find_layers", "grow_river"], grown)
         plan = share_kv(graph, anatomy, grown)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
-        insert_exits(graph, anatomy, plan, self.config)
+        points = insert_exits(graph, anatomy, plan, self.config)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._graphs)
-        dispatcher = Dispatcher(graph, anatomy, plan, weights, self, self._artifacts)
+        dispatcher = Dispatcher(graph, anatomy, plan, points, weights, self, self._artifacts)
         self._layers = len(anatomy.layers)
         self._river_layers = max(self._river_layers, len(grown.twins))
         self._graphs += 1

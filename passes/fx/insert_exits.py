@@ -17,21 +17,21 @@ _MASK = "attention_mask"
 
 
 def insert_exits(graph: FxGraph, anatomy: Anatomy, plan: Plan, config: RiverConfig) -> tuple[int, ...]:
-    """Make each layer's backbone piece yield the state transition similarity as well, where a token may exit.
+    """Make each layer's backbone piece yield the state transition similarity as well.
 
     The similarity (paper, section 3) is the cosine between a layer's input and output, in fp32 whatever the model's
     type; the least of all tokens of all sequences, float32 []. One that is NaN makes the least NaN, which is above
     nothing. Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence]. River pieces
-    stay as they are: the river costs no decision.
+    stay as they are: the river costs no decision. Layers after which no exit is decided yield it too, so that one compiled
+    piece serves all layers: it costs less than a piece of their own.
 
     Requires: the plan that `share_kv` made of this graph.
     Ensures: the pieces compute what they did. Returns the depths at which an exit may be decided.
     """
     points = tuple(depth for depth in config.exit_points(len(anatomy.layers)) if depth - 1 in plan.twins)
     mask = _mask(graph, anatomy.layers[0])
-    for depth in points:
-        layer = anatomy.layers[depth - 1]
-        plan.layers[layer.index] = _with_similarity(plan.layers[layer.index], layer, mask)
+    for index in plan.twins if points else ():
+        plan.layers[index] = _with_similarity(plan.layers[index], anatomy.layers[index], mask)
     return points
 
 
