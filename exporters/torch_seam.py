@@ -24,7 +24,9 @@ class UnsupportedTorch(RiverError):
         super().__init__(f"torch {torch.__version__} lacks {what}; this package knows torch 2.11 to 2.13")
 
 
-def compile_piece(module: fx.GraphModule, values: Sequence[Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def compile_piece(
+    module: fx.GraphModule, values: Sequence[Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """Compile one piece of the graph that Dynamo is compiling now.
 
     Args:

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ConfigError, InputError, LayersNotFound, RiverError
+from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters import torch_generate, torch_seam
 from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch_linear import GraphWeights, Lowering, Store, lowering_for, quantizer
@@ -58,6 +58,7 @@ class RiverBackend:
         self._artifacts = Artifacts(compiler)
         self._store = store if store is not None else Store()
         self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._replaced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._fallbacks: Counter[str] = Counter()
         self._notes: dict[str, None] = {}
         self._layers = self._river_layers = self._graphs = 0
@@ -90,6 +91,7 @@ class RiverBackend:
             artifacts=len(self._artifacts),
             compile_seconds=self._seconds,
             backbone_bytes=sum(parameter.nbytes for parameter in parameters),
+            replaced_bytes=sum(parameter.nbytes for parameter in self._replaced.keys()),
             river_bytes=self._store.nbytes(parameters),
             notes=tuple(self._notes),
             fallbacks=dict(self._fallbacks),
@@ -120,6 +122,9 @@ class RiverBackend:
         self._layers = len(anatomy.layers)
         self._river_layers = max(self._river_layers, len(grown.twins))
         self._graphs += 1
+        for linear in grown.linears:
+            if linear.bits is not None:
+                self._replaced[values[linear.weight]] = None
         self._notes |= dict.fromkeys(grown.notes)
         return dispatcher
 

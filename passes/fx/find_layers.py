@@ -14,7 +14,7 @@ from river_compile.errors import LayersNotFound
 from river_compile.passes.anatomy import Anatomy, CacheSlot, Layer
 from river_compile.passes.fx.graph import FxGraph, operands, operation, root_of, value_of, written_roots
 from river_compile.passes.fx.pieces import cut_piece, signature
-from river_compile.passes.fx.residual_stream import deepest, find_cuts
+from river_compile.passes.fx.residual_stream import deepest, find_streams
 
 __all__ = ["find_layers"]
 
@@ -83,11 +83,10 @@ def _runs_by_structure(graph: FxGraph) -> list[Sequence[fx.Node]]:
     """A layer begins at the cut before a cache write. The last one ends where its like would, and the first one, which
     would begin at the embedding, begins where its like would."""
     position = {node: index for index, node in enumerate(graph.steps)}
-    cuts = find_cuts(graph)
+    cuts = _find_cuts(graph)
     ends = [position.get(cut, -1) + 1 for cut in cuts]
     segments = [graph.steps[begin:end] for begin, end in pairwise(ends)]
-    streamed = frozenset(cuts)
-    starts = [i for i, segment in enumerate(segments) if _cache_writes(graph, segment, streamed)]
+    starts = [i for i, segment in enumerate(segments) if _cache_writes(graph, segment, frozenset(cuts))]
     if len(starts) < 2:
         return []
     shapes = [_shape(graph, segment, cut) for segment, cut in zip(segments, cuts[1:], strict=True)]
@@ -100,6 +99,19 @@ def _runs_by_structure(graph: FxGraph) -> list[Sequence[fx.Node]]:
     runs = [graph.steps[begin:end] for begin, end in pairwise(bounds)]
     runs[0] = _like_the_others(runs)
     return runs
+
+
+def _find_cuts(graph: FxGraph) -> list[fx.Node]:
+    """The cuts of the stream along which most of the KV cache is written."""
+    position = {node: index for index, node in enumerate(graph.steps)}
+
+    def written(cuts: list[fx.Node]) -> tuple[int, int]:
+        hidden = frozenset(cuts)
+        ends = [position.get(cut, -1) + 1 for cut in cuts]
+        segments = [graph.steps[begin:end] for begin, end in pairwise(ends)]
+        return sum(bool(_cache_writes(graph, segment, hidden)) for segment in segments), len(cuts)
+
+    return max(find_streams(graph), key=written, default=[])
 
 
 def _shape(graph: FxGraph, nodes: Sequence[fx.Node], end: fx.Node) -> str:
@@ -186,9 +198,7 @@ def _layers(graph: FxGraph, runs: Sequence[Sequence[fx.Node]]) -> tuple[Layer, .
                     for node in read
                     if node is not before and node.name not in past and node.name not in graph.weights
                 ),
-                side_outputs=tuple(
-                    node.name for node in outputs if node is not behind and node.name not in cache
-                ),
+                side_outputs=tuple(node.name for node in outputs if node is not behind and node.name not in cache),
                 weights=tuple(node.name for node in read if node.name in graph.weights),
                 kind=kinds.setdefault(shape, len(kinds)),
             )
@@ -211,10 +221,10 @@ def _hidden_states(graph: FxGraph, runs: Sequence[Sequence[fx.Node]]) -> list[fx
                 for node in read
                 if node not in inside and _is_state(node) and _form(node) in likes and node.name not in graph.weights
             ]
-            cuts = frozenset(find_cuts(graph)) if len(before) != 1 else cuts
+            cuts = frozenset(_find_cuts(graph)) if len(before) != 1 else cuts
             states.append(_only(before, cuts, 0))
         if len(crossing) != 1:
-            cuts = cuts if cuts is not None else frozenset(find_cuts(graph))
+            cuts = cuts if cuts is not None else frozenset(_find_cuts(graph))
         states.append(_only(crossing, cuts, index + 1))
     return states
 

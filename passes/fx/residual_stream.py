@@ -7,13 +7,12 @@ from torch import fx
 
 from river_compile.passes.fx.graph import FxGraph, operands, value_of
 
-__all__ = ["deepest", "find_cuts"]
+__all__ = ["deepest", "find_streams"]
 
 
-def find_cuts(graph: FxGraph) -> list[fx.Node]:
-    """The cuts of the residual stream, in order: where one tensor alone carries all that becomes of the tokens.
-
-    The stream starts at the input from which the longest one springs, and ends at the deepest result.
+def find_streams(graph: FxGraph) -> list[list[fx.Node]]:
+    """For every input that may be the tokens, the cuts of the stream that springs from it, in order: where one tensor
+    alone carries all that becomes of the input on its way to the deepest result.
 
     Requires: nodes that carry their fake value.
     """
@@ -22,7 +21,7 @@ def find_cuts(graph: FxGraph) -> list[fx.Node]:
         return []
     ancestors = _ancestors(sink)
     sources = [node for node in graph.placeholders if node.name not in graph.weights and _may_be_tokens(node)]
-    return max((_chain(graph, source, sink, ancestors) for source in sources), key=len, default=[])
+    return [_chain(graph, source, sink, ancestors) for source in sources]
 
 
 def _may_be_tokens(node: fx.Node) -> bool:
