@@ -1,4 +1,4 @@
-"""torch.compile as a destination: compiled pieces, and the host that runs backbone layers until the exit, then the river.
+"""torch.compile as a destination: compiled pieces, and the host that runs backbone layers, then the river.
 
 One artifact serves every layer of the same form (regional compilation), and the host chooses before each layer.
 """
@@ -44,10 +44,10 @@ class _Artifact:
 
 
 class Artifacts:
-    """Compiled pieces by their signature: two pieces of one form are compiled once, within a graph and across graphs."""
+    """Compiled pieces by their signature: two of one form are compiled once, within a graph and across graphs."""
 
-    def __init__(self, compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]] | None = None) -> None:
-        self._compiler = compiler or torch_seam.compile_piece
+    def __init__(self, compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]) -> None:
+        self._compiler = compiler
         self._held: dict[str, list[_Artifact]] = {}
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """Make ``torch.compile(model, backend="river").generate(...)`` run the compiled model.
 
-``torch.compile(model)`` wraps the model, and the wrapper's ``generate`` is the method of the model within: it would call
-the model within, uncompiled, whatever the backend. So for models compiled with this package's backend, and for no
+``torch.compile(model)`` wraps the model, and the wrapper's ``generate`` is the method of the model within: it would
+call the model within, uncompiled, whatever the backend. So for models compiled with this package's backend, and for no
 others, the wrapper gets a ``generate`` during which the model's calls go to the compiled one.
 """
 

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="river")``: a decoder with seamless early exit, or plain Inductor where that cannot be."""
+"""``torch.compile(model, backend="river")``: a decoder with early exit, or plain Inductor where that cannot be."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RiverBackend:
     Args:
         config: the settings; the defaults if None.
         lowering: how quantized weights are multiplied; the device's fastest if None.
-        compiler: compiles a piece; Inductor if None.
+        compiler: compiles a piece, or a whole graph that gets no river; Inductor if None.
         store: where river weights are held; backends that share one hold each weight once.
     """
 
@@ -55,7 +55,8 @@ class RiverBackend:
         self.decode_depths: Counter[int] = Counter()
         self.prefill_depths: Counter[int] = Counter()
         self._lowering = lowering
-        self._artifacts = Artifacts(compiler)
+        self._artifacts = Artifacts(compiler or torch_seam.compile_piece)
+        self._compile_whole = compiler or torch_seam.compile_whole
         self._store = store if store is not None else Store()
         self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._replaced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -91,7 +92,7 @@ class RiverBackend:
             artifacts=len(self._artifacts),
             compile_seconds=self._seconds,
             backbone_bytes=sum(parameter.nbytes for parameter in parameters),
-            replaced_bytes=sum(parameter.nbytes for parameter in self._replaced.keys()),
+            replaced_bytes=sum(parameter.nbytes for parameter in list(self._replaced.keys())),
             river_bytes=self._store.nbytes(parameters),
             notes=tuple(self._notes),
             fallbacks=dict(self._fallbacks),
@@ -150,7 +151,7 @@ class RiverBackend:
         if why not in self._fallbacks:
             warnings.warn(f"no exit river, compiled by plain Inductor: {why}", stacklevel=2)
         self._fallbacks[why] += 1
-        return torch_seam.compile_whole(module, inputs)
+        return self._compile_whole(module, inputs)
 
 
 def _raising(error: RiverError) -> Compiled:

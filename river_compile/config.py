@@ -46,8 +46,8 @@ class RiverConfig:
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
-        prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs every
-            layer), or "auto" (river only for prompts so short that its products are faster there).
+        prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
+            every layer), or "auto" (river only for prompts so short that its products are faster there).
         strict: raise where a compiled model would fall back to the plain backend.
     """
 

@@ -20,8 +20,8 @@ class Stats:
         graphs: graphs that Dynamo handed over and that got a river.
         artifacts: pieces compiled for them.
         compile_seconds: time spent in this backend.
-        backbone_bytes: the parameters of all graphs seen, each once; replaced_bytes: those among them that the river has
-            quantized; river_bytes: the quantized weights, held beside them.
+        backbone_bytes: the parameters of all graphs seen, each once; replaced_bytes: those among them that the river
+            has quantized; river_bytes: the quantized weights, held beside them.
         notes: what did not go as asked, a line each.
         fallbacks: why a graph was compiled by plain Inductor, and how often.
     """

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 import river_compile
 from river_compile import RiverBackend, RiverConfig, RiverError
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters import torch_seam
 from river_compile.exporters.torch_linear import Dequantized
 from tests.families import LAYERS, random_model
 from tests.torch_models import as_it_is, play, prompt
@@ -24,6 +25,13 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample":
 def fresh() -> None:
     torch.compiler.reset()
     counters.clear()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend found by its name, its pieces not compiled: what is tested is all around them."""
+    monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
+    monkeypatch.setattr(torch_seam, "compile_whole", as_it_is)
 
 
 def quick(model: Any, **options: Any) -> tuple[Any, RiverBackend]:
@@ -49,7 +57,7 @@ def test_the_name_is_enough_and_generate_runs_the_compiled_model() -> None:
     assert model._compiled_call_impl is None
 
 
-def test_the_forward_method_can_be_compiled_instead() -> None:
+def test_the_forward_method_can_be_compiled_instead(without_inductor: None) -> None:
     model = random_model("llama", 2)
     expected = model.generate(prompt(1, 4), **GREEDY)
     model.forward = torch.compile(model.forward, backend="river", options={"tau": 2.0, "min_depth": 2})
@@ -163,7 +171,7 @@ def test_what_cannot_have_a_river_is_plain_inductor_and_says_so_once(use: Any, w
     assert [why in reason for reason in backend.stats().fallbacks] == [True]
 
 
-def test_a_module_that_is_no_decoder_falls_back_with_the_right_result() -> None:
+def test_a_module_that_is_no_decoder_falls_back_with_the_right_result(without_inductor: None) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
     with pytest.warns(UserWarning, match="no KV cache"), torch.no_grad():
         found = torch.compile(module, backend="river")(torch.ones(2, 8))
@@ -233,15 +241,20 @@ def test_a_chat_of_several_turns_on_one_cache() -> None:
     assert not backend.stats().fallbacks
 
 
+@pytest.mark.parametrize(
+    ("reference", "compiler"), [("eager", as_it_is), pytest.param("inductor", None, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_no_more_graphs_and_no_more_breaks_than_plain_inductor(cache: str) -> None:
-    """Prompts of four lengths, one padded batch, and a cache that grows."""
+def test_no_more_graphs_and_no_more_breaks_than_without_a_river(cache: str, reference: str, compiler: Any) -> None:
+    """Prompts of four lengths, one batch of two, and a cache that grows."""
     found = []
-    for kind in ("inductor", "river"):
+    for kind in (reference, "river"):
         torch.compiler.reset()
         counters.clear()
         model = random_model("llama", 2)
-        backend: Any = RiverBackend(RiverConfig(tau=0.5), lowering=Dequantized()) if kind == "river" else kind
+        backend: Any = kind
+        if kind == "river":
+            backend = RiverBackend(RiverConfig(tau=0.5), lowering=Dequantized(), compiler=compiler)
         compiled = torch.compile(model, backend=backend)
         for batch, length in ((1, 4), (1, 6), (1, 9), (2, 5)):
             play(model, compiled, prompt(batch, length), 2, cache)
@@ -252,7 +265,7 @@ def test_no_more_graphs_and_no_more_breaks_than_plain_inductor(cache: str) -> No
     assert plain[1] == 0
 
 
-def test_weights_are_held_once_for_several_compiled_models() -> None:
+def test_weights_are_held_once_for_several_compiled_models(without_inductor: None) -> None:
     model = random_model("llama", 2)
     one = torch.compile(model, backend="river", options={"tau": 0.5})
     play(model, one, prompt(1, 3), 1, "dynamic")

@@ -36,8 +36,8 @@ def find_layers(graph: FxGraph) -> Anatomy:
     """
     if not _cache_writes(graph, graph.steps, frozenset()):
         raise LayersNotFound("the graph keeps no KV cache")
-    for found_by, runs in (("metadata", _runs_by_scope(graph)), ("structure", None)):
-        runs = _runs_by_structure(graph) if runs is None else runs
+    for found_by, find in (("metadata", _runs_by_scope), ("structure", _runs_by_structure)):
+        runs = find(graph)
         if len(runs) >= 2:
             return Anatomy(_layers(graph, runs), found_by)
     raise LayersNotFound("the graph has no chain of repeated decoder layers along a residual stream")

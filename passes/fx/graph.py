@@ -40,11 +40,14 @@ class FxGraph:
     Fields:
         module: the graph with its constants; the passes do not change it.
         weights: names of the placeholders that are a module's parameters.
+        local_sizes: whether a piece works out the sizes that it needs from the tensors it reads, for destinations where
+            only tensors may go from one piece to the next.
         steps: all nodes that compute something, in execution order.
     """
 
     module: fx.GraphModule
     weights: frozenset[str]
+    local_sizes: bool = False
     steps: tuple[fx.Node, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -22,8 +22,8 @@ def insert_exits(graph: FxGraph, anatomy: Anatomy, plan: Plan, config: RiverConf
     The similarity (paper, section 3) is the cosine between a layer's input and output, in fp32 whatever the model's
     type; the least of all tokens of all sequences, float32 []. One that is NaN makes the least NaN, which is above
     nothing. Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence]. River pieces
-    stay as they are: the river costs no decision. Layers after which no exit is decided yield it too, so that one compiled
-    piece serves all layers: it costs less than a piece of their own.
+    stay as they are: the river costs no decision. Layers after which no exit is decided yield it too, so that one
+    compiled piece serves all layers: it costs less than a piece of their own.
 
     Requires: the plan that `share_kv` made of this graph.
     Ensures: the pieces compute what they did. Returns the depths at which an exit may be decided.

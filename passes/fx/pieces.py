@@ -56,6 +56,8 @@ def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Nod
 
     Requires: consecutive steps of the graph; outputs among them.
     """
+    if graph.local_sizes:
+        nodes = [*_sizes_from_outside(nodes), *nodes]
     inside = set(nodes)
     read = dict.fromkeys(
         operand
@@ -82,6 +84,26 @@ def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Nod
     module.graph.lint()
     module.recompile()
     return Piece(module, tuple(node.name for node in read), tuple(node.name for node in outputs))
+
+
+def _sizes_from_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The steps before ``nodes`` that work out a size which these read, in order."""
+    inside, found = set(nodes), dict[fx.Node, None]()
+
+    def collect(node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand not in inside and operand not in found and _is_size(operand):
+                collect(operand)
+                found[operand] = None
+
+    for node in nodes:
+        collect(node)
+    return list(found)
+
+
+def _is_size(node: fx.Node) -> bool:
+    kinds = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+    return node.op not in ("placeholder", "get_attr") and isinstance(value_of(node), kinds)
 
 
 def _kept(node: fx.Node) -> dict[str, Any]:

@@ -97,9 +97,7 @@ def _widen(source: Path, target: Path) -> None:
                     widen(attribute.g)
                 elif attribute.HasField("t"):
                     tensor(attribute.t)
-                elif (
-                    attribute.name in ("to", "stash_type", "softmax_precision") and attribute.i == TensorProto.BFLOAT16
-                ):
+                elif attribute.name in ("to", "stash_type", "softmax_precision") and attribute.i == TensorProto.BFLOAT16:
                     attribute.i = TensorProto.FLOAT
 
     widen(model.graph)

@@ -130,7 +130,7 @@ def test_verify_names_the_passes_after_a_twin_lost_its_cache_write(decode: FxGra
     piece.graph.erase_node(write)
     broken = dataclasses.replace(piece, outputs=tuple(n for n in piece.outputs if n != layer.caches[0].present))
     river.twins[1] = dataclasses.replace(river.twins[1], river=broken, backbone=broken)
-    with pytest.raises(PassError, match="after a -> b: .*layer 1 is not written exactly once"):
+    with pytest.raises(PassError, match=r"after a -> b: .*layer 1 is not written exactly once"):
         verify(decode, anatomy, ["a", "b"], river, plan)
 
 
