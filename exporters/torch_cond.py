@@ -71,18 +71,10 @@ def _(
 
 
 class MatMulNBits:
-    """The lowering of the river's products to that operator.
-
-    Args:
-        accuracy: ONNX Runtime's accuracy level, 0 for the activation's own type, 4 for int8.
-        for_onnx: write the ONNX node; otherwise the operator above, which can be run.
-    """
+    """The lowering of the river's products to that operator."""
 
     name = "matmul-nbits"
     max_rows = 1 << 30
-
-    def __init__(self, accuracy: int = 0, for_onnx: bool = False) -> None:
-        self._accuracy, self._for_onnx = accuracy, for_onnx
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
         def packed(numbers: np.ndarray) -> torch.Tensor:
@@ -96,35 +88,19 @@ class MatMulNBits:
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        return self._product
+        return _product
 
-    def _product(
-        self,
-        activation: torch.Tensor,
-        operands: Sequence[torch.Tensor],
-        outputs: int,
-        bits: int,
-        group_size: int,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if self._for_onnx:
-            result: torch.Tensor = torch.onnx.ops.symbolic(
-                "com.microsoft::MatMulNBits",
-                (activation, *operands),
-                {
-                    "K": operands[0].shape[1] * group_size,
-                    "N": outputs,
-                    "bits": bits,
-                    "block_size": group_size,
-                    "accuracy_level": self._accuracy,
-                },
-                dtype=activation.dtype,
-                shape=(*activation.shape[:-1], outputs),
-                version=1,
-            )
-        else:
-            result = matmul_nbits(activation, *operands, outputs, bits, group_size)
-        return result if bias is None else result + bias
+
+def _product(
+    activation: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    outputs: int,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    result: torch.Tensor = matmul_nbits(activation, *operands, outputs, bits, group_size)
+    return result if bias is None else result + bias
 
 
 class CondDecoder(nn.Module):
@@ -203,7 +179,7 @@ def _run(piece: Piece, values: dict[str, Any]) -> None:
 
 
 def cond_decoder(
-    program: torch.export.ExportedProgram, config: RiverConfig, chosen: Quantizer, lowering: MatMulNBits
+    program: torch.export.ExportedProgram, config: RiverConfig, chosen: Quantizer
 ) -> tuple[CondDecoder, Anatomy]:
     """The passes on an exported decoder with functional caches.
 
@@ -225,7 +201,7 @@ def cond_decoder(
     graph = import_graph(program.graph_module, parameters)
     graph.local_sizes = True
     anatomy = find_layers(graph)
-    weights = GraphWeights(Store(), held, lowering, chosen)
+    weights = GraphWeights(Store(), held, MatMulNBits(), chosen)
     river = grow_river(graph, anatomy, config, weights)
     plan = share_kv(graph, anatomy, river)
     points = insert_exits(graph, anatomy, plan, config)
@@ -252,8 +228,7 @@ def export_with_cond(model: nn.Module, path: Path, config: RiverConfig, chosen: 
             program = torch.export.export(
                 decoder, example.arguments, dynamic_shapes=example.dynamic_shapes, strict=False
             )
-            accuracy = _INT8_ACCURACY if config.activations == "int8" else 0
-            rewritten, anatomy = cond_decoder(program, config, chosen, MatMulNBits(accuracy, for_onnx=True))
+            rewritten, anatomy = cond_decoder(program, config, chosen)
             exported = torch.onnx.export(
                 rewritten,
                 (example.flat, torch.tensor(config.tau), torch.tensor(len(anatomy.layers))),
@@ -262,7 +237,10 @@ def export_with_cond(model: nn.Module, path: Path, config: RiverConfig, chosen: 
                 dynamic_shapes=(example.flat_shapes, None, None),
                 input_names=[*example.input_names, "river.tau", "river.max_depth"],
                 output_names=[*example.output_names, "river.exit_depth"],
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: hf._attention_op},
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: hf._attention_op,
+                    torch.ops.river_compile.matmul_nbits.default: _translation(config),
+                },
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, AssertionError) as error:
@@ -306,6 +284,50 @@ def _example(model: nn.Module) -> _Example:
         output_names=["logits", *(f"present.{index}.{kind}" for index, kind in pairs)],
         with_positions=with_positions,
     )
+
+
+def _translation(config: RiverConfig) -> Callable[..., Any]:
+    """How the operator above is written in ONNX."""
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    def operand(name: str, kind: str) -> Any:
+        return OpSchema.FormalParameter(name, kind)
+
+    schema = OpSchema(
+        "MatMulNBits",
+        "com.microsoft",
+        1,
+        inputs=[operand("A", "T"), operand("B", "U"), operand("scales", "T"), operand("zero_points", "U")],
+        outputs=[operand("Y", "T")],
+        type_constraints=[
+            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], ""),
+            ("U", ["tensor(uint8)"], ""),
+        ],
+        attributes=[
+            OpSchema.Attribute(name, OpSchema.AttrType.INT, "", required=False)
+            for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        ],
+    )
+    product = Op(Opset("com.microsoft", 1), "MatMulNBits", schema)
+    accuracy = _INT8_ACCURACY if config.activations == "int8" else 0
+
+    def translate(
+        activation: Any, values: Any, scales: Any, zero_points: Any, outputs: int, bits: int, group_size: int
+    ) -> Any:
+        return product(
+            activation,
+            values,
+            scales,
+            zero_points,
+            K=int(values.shape[1]) * group_size,
+            N=outputs,
+            bits=bits,
+            block_size=group_size,
+            accuracy_level=accuracy,
+        )
+
+    return translate
 
 
 def _with_defaults(model: onnx.ModelProto, config: RiverConfig, layers: int, path: Path) -> None:

@@ -22,9 +22,7 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], cache: Dynam
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer
-    )
+    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
