@@ -59,7 +59,7 @@ class Artifacts:
         Requires: a compilation by Dynamo under way, to whose trace the piece's values belong.
         """
         symbols = Symbols(torch_seam.describe_symbol)
-        known = self._held.setdefault(signature(piece, symbols), [])
+        known = self._held.setdefault(f"{torch_seam.describe_modes()}\n{signature(piece, symbols)}", [])
         old_names = {name: symbol for symbol, name in symbols.names.items()}
         for artifact in known:
             if all(torch_seam.holds(_renamed(guard, old_names)) for guard in artifact.guards):

@@ -71,7 +71,7 @@ def options_of(model: Any) -> Mapping[str, Any] | None:
 
 def _wrapper_of(model: Any) -> Any:
     """What torch.compile handed to Dynamo as the backend."""
-    found = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    found: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -228,7 +228,7 @@ class Store:
     """
 
     def __init__(self) -> None:
-        self._held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._held: MutableMapping[torch.Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 
     def get(
         self, parameters: Sequence[torch.Tensor], product: Product, lowering: Lowering, chosen: Quantizer

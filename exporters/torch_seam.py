@@ -14,7 +14,15 @@ from torch import fx
 
 from river_compile.errors import RiverError
 
-__all__ = ["UnsupportedTorch", "compile_piece", "compile_whole", "describe_symbol", "guards_since", "holds"]
+__all__ = [
+    "UnsupportedTorch",
+    "compile_piece",
+    "compile_whole",
+    "describe_modes",
+    "describe_symbol",
+    "guards_since",
+    "holds",
+]
 
 
 class UnsupportedTorch(RiverError):
@@ -60,7 +68,8 @@ def compile_whole(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
     """Compile a graph from Dynamo as ``backend="inductor"`` does."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(inputs))  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(module, list(inputs))
+    return compiled  # type: ignore[no-any-return]
 
 
 def ambient_fake_mode() -> Any:
@@ -78,6 +87,13 @@ def ambient_fake_mode() -> Any:
 def describe_symbol(symbol: Any) -> str:
     """What the compilation that is under way knows of a symbolic size."""
     return str(ambient_fake_mode().shape_env.var_to_range.get(symbol))
+
+
+def describe_modes() -> str:
+    """What changes the meaning of a graph from outside: Dynamo compiles it anew when one of these changes."""
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return repr((modes, autocast))
 
 
 @contextmanager

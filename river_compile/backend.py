@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class RiverBackend:
         self._artifacts = Artifacts(compiler or torch_seam.compile_piece)
         self._compile_whole = compiler or torch_seam.compile_whole
         self._store = store if store is not None else Store()
-        self._parameters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._replaced: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
+        self._replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
         self._fallbacks: Counter[str] = Counter()
         self._notes: dict[str, None] = {}
         self._layers = self._river_layers = self._graphs = 0
@@ -77,6 +77,12 @@ class RiverBackend:
             return _raising(error)
         except RiverError as error:
             return self._fall_back(module, inputs, error)
+        except torch._dynamo.exc.TorchDynamoException:
+            # How Dynamo starts its analysis anew.
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return self._fall_back(module, inputs, InputError(f"the passes failed with {reason}"))
         finally:
             self._seconds += time.perf_counter() - started
 
@@ -103,12 +109,12 @@ class RiverBackend:
         return parameter in self._parameters
 
     def _with_river(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        graph, values = self._import(module, inputs)
+        graph, parameters = self._import(module, inputs)
         anatomy = find_layers(graph)
         verify(graph, anatomy, ["find_layers"])
         device, decode, rows = _place_of_work(graph, anatomy)
         lowering = self._lowering or lowering_for(device)
-        weights = GraphWeights(self._store, values, lowering, quantizer(self.config.quantizer))
+        weights = GraphWeights(self._store, parameters, lowering, quantizer(self.config.quantizer))
         grown = River()
         if decode or self._wants_river_prefill(rows, lowering):
             grown = grow_river(graph, anatomy, self.config, weights)
@@ -125,19 +131,23 @@ class RiverBackend:
         self._graphs += 1
         for linear in grown.linears:
             if linear.bits is not None:
-                self._replaced[values[linear.weight]] = None
+                self._replaced[parameters[linear.weight]] = None
         self._notes |= dict.fromkeys(grown.notes)
         return dispatcher
 
-    def _import(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FxGraph, Mapping[str, Any]]:
+    def _import(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FxGraph, Mapping[str, torch.Tensor]]:
+        """The graph, and its parameters by name. No other input is kept: the caches would stay alive."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        values = {node.name: value for node, value in zip(placeholders, inputs, strict=True)}
-        parameters = {name: v for name, v in values.items() if isinstance(v, torch.nn.Parameter)}
+        parameters = {
+            node.name: value
+            for node, value in zip(placeholders, inputs, strict=True)
+            if isinstance(value, torch.nn.Parameter)
+        }
         for parameter in parameters.values():
             self._parameters[parameter] = None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters.values()):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
-        return import_graph(module, list(parameters)), values
+        return import_graph(module, list(parameters)), parameters
 
     def _wants_river_prefill(self, rows: int | None, lowering: Lowering) -> bool:
         if self.config.prefill == "auto":
@@ -185,7 +195,7 @@ class _Registry:
 
     def __init__(self) -> None:
         self.store = Store()
-        self._of_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._of_parameter: MutableMapping[torch.Tensor, list[RiverBackend]] = WeakTensorKeyDictionary()
 
     def backend_for(self, inputs: Sequence[Any], config: RiverConfig) -> RiverBackend:
         parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]

@@ -96,7 +96,7 @@ def _runs_by_structure(graph: FxGraph) -> list[Sequence[fx.Node]]:
     if not matching:
         return []
     bounds = [*(ends[start] for start in starts), ends[starts[-1] + max(matching) + 1]]
-    runs = [graph.steps[begin:end] for begin, end in pairwise(bounds)]
+    runs: list[Sequence[fx.Node]] = [graph.steps[begin:end] for begin, end in pairwise(bounds)]
     runs[0] = _like_the_others(runs)
     return runs
 

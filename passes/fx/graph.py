@@ -59,7 +59,8 @@ class FxGraph:
 
     @property
     def output(self) -> fx.Node:
-        return next(iter(reversed(self.module.graph.nodes)))
+        output: fx.Node = next(iter(reversed(self.module.graph.nodes)))
+        return output
 
     @property
     def results(self) -> list[fx.Node]:
