@@ -266,11 +266,12 @@ def _weigh(model: PreTrainedModel, backend: RiverBackend, layers: int) -> Callab
     total = sum(parameter.nbytes for parameter in model.parameters())
     stats = backend.stats()
     river, backbone = stats.river_bytes, stats.replaced_bytes
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     # A table of embeddings is read by row; tied to the head it is read whole.
     rest = total - backbone - (0 if head is not None and head.weight is embedding else embedding.nbytes)
-    return lambda depth: rest + backbone * depth / layers + river * (layers - depth) / layers
+    fixed = float(rest)
+    return lambda depth: fixed + backbone * depth / layers + river * (layers - depth) / layers
 
 
 def _bandwidth(device: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 
 import river_compile
@@ -186,16 +187,22 @@ def test_strict_makes_a_fallback_an_error(use: Any) -> None:
         use(model, compiled)
 
 
-def test_layers_without_a_linear_layer_that_divides_fall_back() -> None:
-    model = random_model("gpt2", 2)
-    for block in model.transformer.h:
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            module = block.get_submodule(name)
-            del module.weight
-            module.weight = torch.zeros(module.bias.numel(), 1).T
-    compiled, _ = quick(model, strict=True)
-    with pytest.raises(RiverError):
-        play(model, compiled, prompt(1, 3), 1, "dynamic")
+def test_layers_whose_widths_no_group_divides_fall_back() -> None:
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    compiled, backend = quick(model)
+    with pytest.warns(UserWarning, match="no decoder layer can be given a river twin"):
+        found = play(model, compiled, prompt(1, 3), 1, "dynamic")
+    for ours, theirs in zip(found, play(model, model, prompt(1, 3), 1, "dynamic"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert backend.stats().river_layers == 0
 
 
 FORMS: dict[str, dict[str, Any]] = {

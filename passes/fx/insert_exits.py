@@ -46,7 +46,8 @@ def similarity(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor | N
     cosine = (before * after).sum(-1) * ((before * before).sum(-1) * (after * after).sum(-1)).rsqrt()
     if mask is not None:
         cosine = torch.where(mask[:, -cosine.shape[1] :] != 0, cosine, torch.inf)
-    return cosine.amin()
+    # Without its dimensions the minimum does not convert to ONNX.
+    return cosine.amin(dim=tuple(range(cosine.dim())))
 
 
 def _mask(graph: FxGraph, layer: Layer) -> fx.Node | None:
