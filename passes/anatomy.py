@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CacheSlot", "Layer"]
+__all__ = ["Anatomy", "CacheSlot", "Layer"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,11 @@ class Layer:
     def outputs(self) -> tuple[str, ...]:
         """All that the layer hands on: hidden state, cache, side outputs."""
         return (self.hidden_out, *(slot.present for slot in self.caches), *self.side_outputs)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The decoder's anatomy: its layers in order, and how they were found: "metadata", "names" or "structure"."""
+
+    layers: tuple[Layer, ...]
+    found_by: str

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["ActivationAware", "QuantizedWeight", "Quantizer"]
+__all__ = ["ActivationAware", "QuantizedWeight", "Quantizer", "fitting_group"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,12 @@ class ActivationAware(Quantizer, Protocol):
     def quantize_for(self, moments: np.ndarray, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
         """Quantize a weight, given the mean of x x^T over its inputs x, float32 [inputs, inputs]."""
         ...
+
+
+def fitting_group(inputs: int, wanted: int) -> int | None:
+    """The largest power of two from 16 up to ``wanted`` that divides ``inputs``; None if there is none."""
+    while wanted >= 16:
+        if inputs % wanted == 0:
+            return wanted
+        wanted //= 2
+    return None

@@ -7,8 +7,10 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.backend import RiverBackend, set_max_depth, set_tau, stats
     from river_compile.calibration import Calibration, calibrate
     from river_compile.evaluation import Evaluation, evaluate
+    from river_compile.report import Stats
     from river_compile.tuning import Tuning
 
 __all__ = [
@@ -16,14 +18,19 @@ __all__ = [
     "Evaluation",
     "ExportReport",
     "Plan",
+    "RiverBackend",
     "RiverConfig",
     "RiverError",
+    "Stats",
     "Tuning",
     "__version__",
     "calibrate",
     "evaluate",
     "export",
     "plan",
+    "set_max_depth",
+    "set_tau",
+    "stats",
 ]
 __version__ = "0.1.0"
 
@@ -32,11 +39,16 @@ _HOME = {
     "Evaluation": "evaluation",
     "ExportReport": "api",
     "Plan": "api",
+    "RiverBackend": "backend",
+    "Stats": "report",
     "Tuning": "tuning",
     "calibrate": "calibration",
     "evaluate": "evaluation",
     "export": "api",
     "plan": "api",
+    "set_max_depth": "backend",
+    "set_tau": "backend",
+    "stats": "backend",
 }
 
 

@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "KV_POLICIES", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "KV_POLICIES", "PREFILLS", "RiverConfig"]
 
 BITS = (4, 8)
 FLOAT: Literal["float"] = "float"
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
 KV_POLICIES = ("share", "propagate", "mask", "recompute", "monotone")
+PREFILLS = ("auto", "river", "backbone")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class RiverConfig:
         extra_output: whether an exported model has the output ``river.exit_depth``.
         external_data: whether exported weights go into one file beside the model; None: when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
+        prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
+            every layer), or "auto" (river only for prompts so short that its products are faster there).
         strict: raise where a compiled model would fall back to the plain backend.
     """
 
@@ -74,6 +77,7 @@ class RiverConfig:
     extra_output: bool = True
     external_data: bool | None = None
     dump_dir: Path | None = None
+    prefill: str = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +97,8 @@ class RiverConfig:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
         if self.activations not in ACTIVATIONS:
             raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
+        if self.prefill not in PREFILLS:
+            raise ConfigError("prefill", f"must be one of {', '.join(PREFILLS)}, not {self.prefill!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
 

@@ -1,1 +1,1 @@
-"""The passes for FX graphs."""
+"""The passes on torch.fx graphs, as Dynamo and torch.export make them."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import onnx_graphsurgeon as gs
 
 from river_compile.errors import LayersNotFound
-from river_compile.passes.anatomy import CacheSlot, Layer
+from river_compile.passes.anatomy import Anatomy, CacheSlot, Layer
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 from river_compile.passes.onnx.residual_stream import Segment, Stream, find_stream
 from river_compile.passes.onnx.signature import signature
@@ -19,14 +18,6 @@ from river_compile.passes.onnx.signature import signature
 __all__ = ["Anatomy", "find_layers"]
 
 _INDEXED = re.compile(r"(?:^|(?<=[./_]))(\d+)(?=[./_]|$)")
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The decoder's anatomy: its layers in order, and how they were found: "metadata", "names" or "structure"."""
-
-    layers: tuple[Layer, ...]
-    found_by: str
 
 
 def find_layers(graph: OnnxGraph) -> Anatomy:

@@ -17,7 +17,7 @@ from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses
 from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
 from river_compile.passes.onnx.twin import Twin, clone, outer
-from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer
+from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer, fitting_group
 
 __all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river", "quantize"]
 
@@ -195,7 +195,7 @@ def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
 
 def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
     bits = config.bits_of(linear.name, linear.weight.name, f"layers.{layer.index}")
-    group_size = _fitting_group(linear.inputs, config.group_size)
+    group_size = fitting_group(linear.inputs, config.group_size)
     if bits is None:
         return RiverLinear(linear.name, layer.index, linear.weight.name, None, None, 0, "", linear)
     if group_size is None:
@@ -285,12 +285,3 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{len(names)} linear layers, such as {names[0]}"
-
-
-def _fitting_group(inputs: int, wanted: int) -> int | None:
-    """The largest power of two from 16 up to ``wanted`` that divides ``inputs``."""
-    while wanted >= 16:
-        if inputs % wanted == 0:
-            return wanted
-        wanted //= 2
-    return None

@@ -1,0 +1,112 @@
+"""The one place that touches what torch does not promise to keep: Inductor on a piece, and Dynamo's symbolic sizes.
+
+torch 2.11 to 2.13 have all of it. Where something is missing, the error says what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from river_compile.errors import RiverError
+
+__all__ = [
+    "UnsupportedTorch",
+    "compile_piece",
+    "compile_whole",
+    "describe_modes",
+    "describe_symbol",
+    "guards_since",
+    "holds",
+]
+
+
+class UnsupportedTorch(RiverError):
+    """This torch lacks a private interface that the backend needs."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"torch {torch.__version__} lacks {what}; this package knows torch 2.11 to 2.13")
+
+
+def compile_piece(
+    module: fx.GraphModule, values: Sequence[Any], options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one piece of the graph that Dynamo is compiling now.
+
+    Args:
+        module: takes ``values``, returns a tuple; it is consumed.
+        values: fake tensors and symbolic sizes of the ambient trace, or real tensors.
+
+    Raises:
+        UnsupportedTorch: Inductor has no standalone compiler here.
+    """
+    compiler = getattr(torch._inductor, "standalone_compile", None)
+    if compiler is None:
+        raise UnsupportedTorch("torch._inductor.standalone_compile")
+    fake_mode = ambient_fake_mode()
+    examples = [
+        fake_mode.from_tensor(value, static_shapes=True)
+        if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+        else value
+        for value in values
+    ]
+    artifact = compiler(
+        module,
+        examples,
+        dynamic_shapes="from_tracing_context",
+        options={"config_patches": options} if options else {},
+    )
+    # The artifact's own call only hands the arguments on.
+    return getattr(artifact, "_compiled_fn", artifact)  # type: ignore[no-any-return]
+
+
+def compile_whole(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph from Dynamo as ``backend="inductor"`` does."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(module, list(inputs))
+    return compiled  # type: ignore[no-any-return]
+
+
+def ambient_fake_mode() -> Any:
+    """The fake mode of the compilation that is under way.
+
+    Raises:
+        UnsupportedTorch: there is none.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise UnsupportedTorch("a tracing context in the backend")
+    return context.fake_mode
+
+
+def describe_symbol(symbol: Any) -> str:
+    """What the compilation that is under way knows of a symbolic size."""
+    return str(ambient_fake_mode().shape_env.var_to_range.get(symbol))
+
+
+def describe_modes() -> str:
+    """What changes the meaning of a graph from outside: Dynamo compiles it anew when one of these changes."""
+    modes = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()]
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return repr((modes, autocast))
+
+
+@contextmanager
+def guards_since() -> Iterator[list[Any]]:
+    """Collects the guards on symbolic sizes that are added in the body: sympy expressions."""
+    environment = ambient_fake_mode().shape_env
+    added: list[Any] = []
+    before = len(environment.guards) if environment is not None else 0
+    yield added
+    if environment is not None:
+        added += [guard.expr for guard in environment.guards[before:]]
+
+
+def holds(expression: Any) -> bool:
+    """Whether a guard holds for the sizes at hand; if so it is added to the compilation that is under way."""
+    return bool(ambient_fake_mode().shape_env.evaluate_expr(expression))

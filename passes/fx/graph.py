@@ -1,0 +1,157 @@
+"""The graph that the FX passes work on: one that Dynamo or torch.export made, and what is known of its inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["FxGraph", "import_graph", "operands", "operation", "root_of", "symbols_of", "value_of", "written_roots"]
+
+_IN_PLACE = re.compile(r"[a-z0-9]_$")
+_VIEWS = {
+    "getitem",
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "to",
+    "contiguous",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "narrow",
+    "detach",
+    "alias",
+    "flatten",
+}
+
+
+@dataclass
+class FxGraph:
+    """A graph under rewriting.
+
+    Fields:
+        module: the graph with its constants; the passes do not change it.
+        weights: names of the placeholders that are a module's parameters.
+        local_sizes: whether a piece works out the sizes that it needs from the tensors it reads, for destinations where
+            only tensors may go from one piece to the next.
+        steps: all nodes that compute something, in execution order.
+    """
+
+    module: fx.GraphModule
+    weights: frozenset[str]
+    local_sizes: bool = False
+    steps: tuple[fx.Node, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = tuple(node for node in self.module.graph.nodes if _is_step(node))
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        output: fx.Node = next(iter(reversed(self.module.graph.nodes)))
+        return output
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """The values that the graph returns."""
+        return self.output.all_input_nodes
+
+
+def import_graph(module: fx.GraphModule, weights: Sequence[str]) -> FxGraph:
+    """The graph of a module, without the nodes that only look at a size.
+
+    Args:
+        module: a graph whose nodes carry their fake value; it is changed: nodes without effect are taken out.
+        weights: names of the placeholders that are parameters.
+    """
+    for node in reversed(list(module.graph.nodes)):
+        if node.op in ("call_function", "call_method") and not node.users and not _has_effect(node):
+            module.graph.erase_node(node)
+    return FxGraph(module, frozenset(weights))
+
+
+def _is_step(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return isinstance(_attribute(node), fx.GraphModule)
+    return node.op not in ("placeholder", "output")
+
+
+def _attribute(node: fx.Node) -> Any:
+    found: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node that nobody reads does something: only sizes and notes to the log surely do not."""
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) or (value is None and "log_api_usage" not in str(node.target))
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake value of a node: a tensor, a symbolic number, or None if it has none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def operation(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``add``, ``index_copy_``, ``linear``."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target._schema.name.rpartition("::")[2])
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def written_roots(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose memory a node changes, each traced through views to where it comes from."""
+    name = operation(node)
+    if name == "setitem" or (_IN_PLACE.search(name) and not name.startswith("_")):
+        target = node.args[0] if node.args else None
+        return [root_of(target)] if isinstance(target, fx.Node) else []
+    out = node.kwargs.get("out")
+    return [root_of(out)] if isinstance(out, fx.Node) else []
+
+
+def root_of(node: fx.Node) -> fx.Node:
+    """Where a value's memory comes from, as far as views and in-place operations tell."""
+    while node.op in ("call_method", "call_function") and node.args and isinstance(node.args[0], fx.Node):
+        name = operation(node)
+        if name not in _VIEWS and not (_IN_PLACE.search(name) and not name.startswith("_")):
+            break
+        node = node.args[0]
+    return node
+
+
+def operands(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a node reads; not those of which it only takes a size."""
+    for operand in node.all_input_nodes:
+        value = value_of(operand)
+        if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)):
+            yield operand
+
+
+def symbols_of(value: Any) -> list[Any]:
+    """The free symbols in a fake value's shape, strides and offset, or in a symbolic number, in order of first use."""
+    numbers: list[Any] = []
+    if isinstance(value, torch.Tensor):
+        numbers = [*value.shape, *(value.stride() if value.layout == torch.strided else ()), value.storage_offset()]
+    elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        numbers = [value]
+    found: dict[Any, None] = {}
+    for number in numbers:
+        if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            symbols = number.node.expr.free_symbols
+            found |= dict.fromkeys(sorted(symbols, key=str))
+    return list(found)

@@ -1,0 +1,193 @@
+"""Pieces of a graph: runs of consecutive nodes, each as a graph of its own.
+
+Consecutive matters: a piece that starts where the one before it ends runs every write to memory in the order of the
+whole, so the pieces one after the other are the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from river_compile.passes.fx.graph import FxGraph, symbols_of, value_of
+
+__all__ = ["Piece", "Symbols", "cut_piece", "signature"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of nodes as a graph of its own.
+
+    Fields:
+        module: one placeholder for each input, in order; it returns a tuple of the outputs.
+        inputs, outputs: names of the values in the whole graph that they are.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def placeholders(self) -> dict[str, fx.Node]:
+        """The placeholder of each input, by the name of the value."""
+        nodes = [node for node in self.graph.nodes if node.op == "placeholder"]
+        return dict(zip(self.inputs, nodes, strict=True))
+
+    @property
+    def results(self) -> dict[str, fx.Node]:
+        """The node of each output, by the name of the value."""
+        output = next(iter(reversed(self.graph.nodes)))
+        return dict(zip(self.outputs, output.args[0], strict=True))
+
+
+def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Piece:
+    """The piece that consists of ``nodes`` and yields ``outputs``.
+
+    Its inputs are the values that it reads, in order of first use, then the symbolic sizes that its values need: a
+    compiler must be able to bind each of them.
+
+    Requires: consecutive steps of the graph; outputs among them.
+    """
+    if graph.local_sizes:
+        nodes = [*_sizes_from_outside(nodes), *nodes]
+    inside = set(nodes)
+    read = dict.fromkeys(
+        operand
+        for node in nodes
+        for operand in node.all_input_nodes
+        if operand not in inside and not (operand.op == "get_attr" and operand in graph.steps)
+    )
+    bound = {symbol for node in read if _is_symbol(node) for symbol in symbols_of(value_of(node))}
+    needed = dict.fromkeys(s for node in [*read, *nodes] for s in symbols_of(value_of(node)) if s not in bound)
+    sizes = {symbols_of(value_of(n))[0]: n for n in graph.placeholders if _is_symbol(n)}
+    read |= dict.fromkeys(sizes[symbol] for symbol in needed if symbol in sizes)
+
+    module = fx.GraphModule({}, fx.Graph())
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in read:
+        copies[node] = module.graph.placeholder(node.name)
+        copies[node].meta = _kept(node)
+    for node in nodes:
+        if node.op == "get_attr":
+            setattr(module, str(node.target), getattr(graph.module, str(node.target)))
+        copies[node] = module.graph.node_copy(node, lambda operand: copies[operand])
+        copies[node].meta = _kept(node)
+    module.graph.output(tuple(copies[node] for node in outputs))
+    module.graph.lint()
+    module.recompile()
+    return Piece(module, tuple(node.name for node in read), tuple(node.name for node in outputs))
+
+
+def _sizes_from_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The steps before ``nodes`` that work out a size which these read, in order."""
+    inside, found = set(nodes), dict[fx.Node, None]()
+
+    def collect(node: fx.Node) -> None:
+        for operand in node.all_input_nodes:
+            if operand not in inside and operand not in found and _is_size(operand):
+                collect(operand)
+                found[operand] = None
+
+    for node in nodes:
+        collect(node)
+    return list(found)
+
+
+def _is_size(node: fx.Node) -> bool:
+    kinds = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+    return node.op not in ("placeholder", "get_attr") and isinstance(value_of(node), kinds)
+
+
+def _kept(node: fx.Node) -> dict[str, Any]:
+    """What is kept of a node's meta data: its value, and where it comes from."""
+    return {key: node.meta[key] for key in ("example_value", "val", "stack_trace") if key in node.meta}
+
+
+def _is_symbol(node: fx.Node) -> bool:
+    """Whether a value is one symbolic size, bare."""
+    value = value_of(node)
+    return isinstance(value, torch.SymInt) and bool(getattr(value.node.expr, "is_Symbol", False))
+
+
+class Symbols:
+    """New names for a piece's symbolic sizes, in order of first use: its signature does not depend on the old ones."""
+
+    def __init__(self, describe: Callable[[Any], str] = lambda symbol: "") -> None:
+        self.names: dict[Any, str] = {}
+        self._describe = describe
+
+    def name(self, symbol: Any) -> str:
+        if symbol not in self.names:
+            self.names[symbol] = f"d{len(self.names)}"
+        return self.names[symbol]
+
+    def text(self, number: Any) -> str:
+        """A size as text."""
+        if not isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return repr(number)
+        expression = number.node.expr
+        import sympy
+
+        renamed = {symbol: sympy.Symbol(self.name(symbol)) for symbol in symbols_of(number)}
+        return str(expression.xreplace(renamed))
+
+    def facts(self) -> list[str]:
+        """What is known of each symbolic size, in order."""
+        return [f"{name}: {self._describe(symbol)}" for symbol, name in self.names.items()]
+
+
+def signature(piece: Piece, symbols: Symbols | None = None, *, with_values: bool = True) -> str:
+    """A text that is the same for two pieces iff they are the same computation on operands of the same form.
+
+    Args:
+        symbols: receives the symbolic sizes met, in order.
+        with_values: compare shapes, strides, types and devices of operands as well, not only the operations.
+    """
+    symbols = symbols if symbols is not None else Symbols()
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for node in piece.graph.nodes:
+        numbers[node] = f"%{len(numbers)}"
+        target = "" if node.op in ("placeholder", "output") else _target(node, piece.module)
+        operands = "" if node.op == "placeholder" else f"{_text(node.args, numbers)} {_text(node.kwargs, numbers)}"
+        form = _form(value_of(node), symbols) if with_values and node.op == "placeholder" else ""
+        lines.append(f"{numbers[node]} {node.op} {target} {operands} {form}")
+    return "\n".join([*lines, *symbols.facts()])
+
+
+def _target(node: fx.Node, module: fx.GraphModule) -> str:
+    if node.op == "get_attr":
+        attribute = getattr(module, str(node.target), None)
+        return attribute.code if isinstance(attribute, fx.GraphModule) else repr(attribute)
+    if isinstance(node.target, str):
+        return node.target
+    target: Any = node.target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+
+
+def _text(value: Any, numbers: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return numbers[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_text(item, numbers) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_text(item, numbers)}' for key, item in value.items())}}}"
+    if isinstance(value, slice):
+        return f"slice({_text([value.start, value.stop, value.step], numbers)})"
+    return repr(value)
+
+
+def _form(value: Any, symbols: Symbols) -> str:
+    if isinstance(value, torch.Tensor):
+        strides = value.stride() if value.layout == torch.strided else ()
+        sizes = [*value.shape, "|", *strides, "|", value.storage_offset()]
+        return f"{value.dtype} {value.device} {' '.join(symbols.text(size) for size in sizes)}"
+    return f"{type(value).__name__} {symbols.text(value)}"

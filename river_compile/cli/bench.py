@@ -1,0 +1,134 @@
+"""`river-bench`: a model in eager mode, by Inductor, and with a river, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from river_compile import __version__
+from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.config import BITS, GROUP_SIZES, RiverConfig
+
+if TYPE_CHECKING:
+    from river_compile.bench import BenchResult
+
+__all__ = ["main"]
+
+_DEFAULTS = RiverConfig()
+_EXAMPLES = """\b
+Examples:
+  river-bench path/to/hf_model
+  river-bench path/to/hf_model --tau 0.97 --tau 0.95 --depth 1 --depth 4
+  river-bench path/to/hf_model --json --png bench.png > bench.json
+"""
+
+
+@click.command(cls=RiverCommand, epilog=_EXAMPLES)
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--tau", "taus", multiple=True, type=float, help="A threshold to run the river at; may be repeated.")
+@click.option(
+    "--depth", "depths", multiple=True, type=int, default=(1, 4, 15), show_default=True, help="An exit depth to force."
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
+@click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="New tokens in a round.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--bits", type=click.Choice(list(map(str, BITS))), default=str(_DEFAULTS.bits), show_default=True)
+@click.option(
+    "--group-size",
+    type=click.Choice(list(map(str, GROUP_SIZES))),
+    default=str(_DEFAULTS.group_size),
+    show_default=True,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the table into this file.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.version_option(__version__)
+def main(
+    model: Path,
+    taus: tuple[float, ...],
+    depths: tuple[int, ...],
+    rounds: int,
+    tokens: int,
+    batch: int,
+    dtype: str,
+    device: str,
+    bits: str,
+    group_size: str,
+    as_json: bool,
+    png: Path | None,
+    quiet: bool,
+) -> None:
+    """Time decode passes of the Hugging Face MODEL: eager, plain Inductor, and the river at several exits.
+
+    All ways run interleaved in one process, after a round of warm-up; the ratio is to plain Inductor, within a round.
+    """
+    for tau in taus:
+        RiverConfig(tau=tau)
+    config = RiverConfig(bits=int(bits), group_size=int(group_size))
+    import torch
+
+    from river_compile.bench import bench, draw
+
+    with progress_bars(quiet) as progress:
+        result = bench(
+            model,
+            taus=taus,
+            depths=depths,
+            rounds=rounds,
+            new_tokens=tokens,
+            batch=batch,
+            dtype=getattr(torch, dtype),
+            device=device,
+            config=config,
+            progress=progress,
+        )
+    if png is not None:
+        draw(result, png)
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        _show(Console(), result)
+
+
+def _show(console: Console, result: BenchResult) -> None:
+    table = Table(
+        box=box.SIMPLE,
+        title=f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, decode, {result.device}, "
+        f"memory {result.bandwidth / 1e9:.1f} GB/s",
+        title_justify="left",
+    )
+    for column in ("", "ms", "tokens/s", "ratio", "mean exit depth", "byte limit tokens/s", "reached"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in result.rows:
+        limit = result.limit(row)
+        table.add_row(
+            row.name,
+            f"{row.median * 1e3:.1f}",
+            f"{result.batch / row.median:.1f}",
+            f"{result.ratio(row):.2f}x",
+            f"{row.mean_depth:.1f}" if row.depths else "",
+            f"{result.batch * limit:.0f}",
+            f"{1 / row.median / limit:.0%}",
+        )
+    console.print(table)
+    seconds = result.compile_seconds
+    console.print(
+        f"compile time: Inductor {seconds['inductor']:.1f} s, river {seconds['river']:.1f} s "
+        f"({seconds['river'] / seconds['inductor']:.2f}x)"
+    )
+    both = result.backbone_bytes + result.river_bytes
+    console.print(
+        f"weights: backbone {result.backbone_bytes / 1e6:.0f} MB, with the river {both / 1e6:.0f} MB "
+        f"({both / result.backbone_bytes:.2f}x); peak of the process {result.peak_bytes / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

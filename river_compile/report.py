@@ -1,0 +1,58 @@
+"""What a model compiled with ``backend="river"`` has done, for the user's eyes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What was compiled, and where tokens left the backbone.
+
+    Fields:
+        layers: decoder layers of the model, 0 before the first call.
+        river_layers: those with a river twin.
+        decode_depths, prefill_depths: how many forward passes ran how many backbone layers.
+        graphs: graphs that Dynamo handed over and that got a river.
+        artifacts: pieces compiled for them.
+        compile_seconds: time spent in this backend.
+        backbone_bytes: the parameters of all graphs seen, each once; replaced_bytes: those among them that the river
+            has quantized; river_bytes: the quantized weights, held beside them.
+        notes: what did not go as asked, a line each.
+        fallbacks: why a graph was compiled by plain Inductor, and how often.
+    """
+
+    layers: int
+    river_layers: int
+    decode_depths: Mapping[int, int]
+    prefill_depths: Mapping[int, int]
+    graphs: int
+    artifacts: int
+    compile_seconds: float
+    backbone_bytes: int
+    replaced_bytes: int
+    river_bytes: int
+    notes: tuple[str, ...]
+    fallbacks: Mapping[str, int]
+
+    @property
+    def mean_exit_depth(self) -> float:
+        """Mean exit depth of decode passes; NaN if there were none."""
+        passes = sum(self.decode_depths.values())
+        total = sum(depth * count for depth, count in Counter(self.decode_depths).items())
+        return total / passes if passes else float("nan")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.river_layers} of {self.layers} decoder layers have a river twin; {self.graphs} graphs, "
+            f"{self.artifacts} compiled pieces, {self.compile_seconds:.1f} s",
+            f"backbone {self.backbone_bytes / 1e6:.0f} MB, river {self.river_bytes / 1e6:.0f} MB",
+            f"mean exit depth {self.mean_exit_depth:.2f} in {sum(self.decode_depths.values())} decode passes",
+        ]
+        lines += list(self.notes)
+        lines += [f"plain Inductor, {count} graphs: {why}" for why, count in self.fallbacks.items()]
+        return "\n".join(lines)

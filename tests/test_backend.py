@@ -1,0 +1,292 @@
+"""``torch.compile(model, backend="river")`` as a user meets it."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.utils import counters
+
+import river_compile
+from river_compile import RiverBackend, RiverConfig, RiverError
+from river_compile.errors import ConfigError, InputError
+from river_compile.exporters import torch_seam
+from river_compile.exporters.torch_linear import Dequantized
+from tests.families import LAYERS, random_model
+from tests.torch_models import as_it_is, play, prompt
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend found by its name, its pieces not compiled: what is tested is all around them."""
+    monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
+    monkeypatch.setattr(torch_seam, "compile_whole", as_it_is)
+
+
+def quick(model: Any, **options: Any) -> tuple[Any, RiverBackend]:
+    """A compiled model whose pieces run as they are, with dequantized products: fast to compile, exact."""
+    backend = RiverBackend(RiverConfig(**options), lowering=Dequantized(), compiler=as_it_is)
+    return torch.compile(model, backend=backend), backend
+
+
+def test_the_name_is_enough_and_generate_runs_the_compiled_model() -> None:
+    assert "river" in torch.compiler.list_backends()
+    model = random_model("llama", 2)
+    compiled = torch.compile(model, backend="river", options={"tau": 2.0})
+    expected = model.generate(prompt(1, 4), **GREEDY)
+    assert torch.equal(compiled.generate(prompt(1, 4), **GREEDY), expected)
+    stats = river_compile.stats(compiled)
+    assert stats.layers == stats.river_layers == 2
+    assert stats.decode_depths == {2: 5}
+    assert stats.backbone_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert 0 < stats.river_bytes < stats.replaced_bytes / 4
+    assert not stats.fallbacks
+    assert "2 of 2 decoder layers" in str(stats)
+    # The model within is as it was.
+    assert model._compiled_call_impl is None
+
+
+def test_the_forward_method_can_be_compiled_instead(without_inductor: None) -> None:
+    model = random_model("llama", 2)
+    expected = model.generate(prompt(1, 4), **GREEDY)
+    model.forward = torch.compile(model.forward, backend="river", options={"tau": 2.0, "min_depth": 2})
+    assert torch.equal(model.generate(prompt(1, 4), **GREEDY), expected)
+    assert river_compile.stats(model).decode_depths == {2: 5}
+
+
+def test_other_backends_keep_their_generate() -> None:
+    model = random_model("llama", 2)
+    assert torch.compile(model, backend="eager").generate.__func__ is type(model).generate
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"taw": 0.9}, "taw"), ({"tau": "high"}, "tau"), ({"bits": 5}, "bits"), ({"prefill": "maybe"}, "prefill")],
+)
+def test_a_wrong_option_is_one_clear_error_that_names_it(options: dict[str, Any], field: str) -> None:
+    compiled = torch.compile(random_model("llama", 2), backend="river", options=options)
+    with pytest.raises(ConfigError, match=f"^{field}: ") as caught:
+        play(compiled._orig_mod, compiled, prompt(1, 3), 0, "dynamic")
+    assert caught.value.field == field
+
+
+def test_tau_and_depth_change_without_compiling_anew() -> None:
+    model = random_model("llama")
+    compiled, backend = quick(model, tau=2.0)
+    play(model, compiled, prompt(1, 3), 3, "static")
+    graphs = counters["stats"]["unique_graphs"]
+    river_compile.set_tau(compiled, -1.0)
+    play(model, compiled, prompt(1, 3), 3, "static")
+    assert backend.stats().decode_depths == {1: 3, LAYERS: 3}
+    river_compile.set_tau(compiled, 2.0)
+    river_compile.set_max_depth(compiled, 2)
+    play(model, compiled, prompt(1, 3), 3, "static")
+    assert backend.stats().decode_depths == {1: 3, 2: 3, LAYERS: 3}
+    assert backend.stats().mean_exit_depth == (1 + 2 + LAYERS) / 3
+    assert counters["stats"]["unique_graphs"] == graphs
+    with pytest.raises(ConfigError, match="tau"):
+        river_compile.set_tau(compiled, float("nan"))
+    with pytest.raises(InputError, match="not compiled"):
+        river_compile.set_tau(random_model("llama", 2), 0.5)
+
+
+def test_min_depth_and_exit_every_say_where_a_token_may_exit() -> None:
+    model = random_model("llama")
+    compiled, backend = quick(model, tau=-1.0, min_depth=2)
+    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    assert backend.stats().decode_depths == {2: 2}
+    torch.compiler.reset()
+    compiled, backend = quick(model, tau=-1.0, exit_every=3)
+    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    assert backend.stats().decode_depths == {3: 2}
+
+
+def test_a_kept_layer_runs_on_the_backbone_after_the_exit() -> None:
+    model = random_model("llama")
+    compiled, backend = quick(model, tau=-1.0, keep_layers=(-1,))
+    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    assert backend.stats().decode_depths == {2: 2}
+    assert "layer 3 stays backbone only: asked for" in backend.stats().notes
+
+
+@pytest.mark.parametrize(
+    ("prefill", "length", "depths"),
+    [
+        ("auto", 3, {1: 1}),
+        ("auto", 9, {LAYERS: 1}),
+        ("river", 9, {1: 1}),
+        ("backbone", 3, {LAYERS: 1}),
+    ],
+)
+def test_a_prompt_exits_where_it_is_told_to(prefill: str, length: int, depths: dict[int, int]) -> None:
+    class FourRows(Dequantized):
+        max_rows = 4
+
+    model = random_model("llama")
+    backend = RiverBackend(RiverConfig(tau=-1.0, prefill=prefill), lowering=FourRows(), compiler=as_it_is)
+    play(model, torch.compile(model, backend=backend), prompt(1, length), 1, "dynamic")
+    assert backend.stats().prefill_depths == depths
+    assert backend.stats().decode_depths == {1: 1}
+
+
+def nothing_cached(model: Any, compiled: Any) -> None:
+    with torch.no_grad():
+        compiled(prompt(1, 3), use_cache=False)
+
+
+def with_gradients(model: Any, compiled: Any) -> None:
+    compiled(prompt(1, 3), use_cache=True).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None
+
+
+def in_training(model: Any, compiled: Any) -> None:
+    model.train()
+    with_gradients(model, compiled)
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [(nothing_cached, "no KV cache"), (with_gradients, "gradients are wanted"), (in_training, "gradients are wanted")],
+)
+def test_what_cannot_have_a_river_is_plain_inductor_and_says_so_once(use: Any, why: str) -> None:
+    model = random_model("llama", 2)
+    compiled, backend = quick(model)
+    with pytest.warns(UserWarning, match=f"no exit river, compiled by plain Inductor: .*{why}") as caught:
+        use(model, compiled)
+    assert len([w for w in caught if "no exit river" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use(model, compiled)
+    assert [why in reason for reason in backend.stats().fallbacks] == [True]
+
+
+def test_a_module_that_is_no_decoder_falls_back_with_the_right_result(without_inductor: None) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    with pytest.warns(UserWarning, match="no KV cache"), torch.no_grad():
+        found = torch.compile(module, backend="river")(torch.ones(2, 8))
+    torch.testing.assert_close(found, module(torch.ones(2, 8)))
+
+
+@pytest.mark.parametrize("use", [nothing_cached, with_gradients])
+def test_strict_makes_a_fallback_an_error(use: Any) -> None:
+    model = random_model("llama", 2)
+    compiled, _ = quick(model, strict=True)
+    with pytest.raises(RiverError):
+        use(model, compiled)
+
+
+def test_layers_whose_widths_no_group_divides_fall_back() -> None:
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=24,
+        intermediate_size=40,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    compiled, backend = quick(model)
+    with pytest.warns(UserWarning, match="no decoder layer can be given a river twin"):
+        found = play(model, compiled, prompt(1, 3), 1, "dynamic")
+    for ours, theirs in zip(found, play(model, model, prompt(1, 3), 1, "dynamic"), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert backend.stats().river_layers == 0
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "sampling": {**GREEDY, "do_sample": True, "temperature": 0.8, "top_p": 0.9},
+    "beam search": {**GREEDY, "num_beams": 3},
+    "static cache": {**GREEDY, "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_is_as_ever_with_exits_off(form: str, batch: int) -> None:
+    model = random_model("llama", 2)
+    ids = prompt(batch, 5)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, :3] = 0
+    torch.manual_seed(0)
+    expected = model.generate(ids, attention_mask=mask, **FORMS[form])
+    compiled, backend = quick(model, tau=2.0)
+    torch.manual_seed(0)
+    assert torch.equal(compiled.generate(ids, attention_mask=mask, **FORMS[form]), expected)
+    assert not backend.stats().fallbacks
+    river_compile.set_tau(compiled, -1.0)
+    assert compiled.generate(ids, attention_mask=mask, **FORMS[form]).shape == expected.shape
+    assert 1 in backend.stats().decode_depths
+
+
+def test_a_chat_of_several_turns_on_one_cache() -> None:
+    from transformers import DynamicCache
+
+    model = random_model("llama", 2)
+    compiled, backend = quick(model, tau=2.0)
+    said = []
+    for runner in (model, compiled):
+        cache, conversation = DynamicCache(config=model.config), torch.zeros(1, 0, dtype=torch.int64)
+        for turn, length in enumerate((4, 7, 3)):
+            conversation = torch.cat([conversation, prompt(1, length, seed=turn)], 1)
+            conversation = runner.generate(conversation, past_key_values=cache, **GREEDY)
+        said.append(conversation)
+    assert torch.equal(*said)
+    assert not backend.stats().fallbacks
+
+
+@pytest.mark.parametrize(
+    ("reference", "compiler"), [("eager", as_it_is), pytest.param("inductor", None, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_no_more_graphs_and_no_more_breaks_than_without_a_river(cache: str, reference: str, compiler: Any) -> None:
+    """Prompts of four lengths, one batch of two, and a cache that grows."""
+    found = []
+    for kind in (reference, "river"):
+        torch.compiler.reset()
+        counters.clear()
+        model = random_model("llama", 2)
+        backend: Any = kind
+        if kind == "river":
+            backend = RiverBackend(RiverConfig(tau=0.5), lowering=Dequantized(), compiler=compiler)
+        compiled = torch.compile(model, backend=backend)
+        for batch, length in ((1, 4), (1, 6), (1, 9), (2, 5)):
+            play(model, compiled, prompt(batch, length), 2, cache)
+        found.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    plain, river = found
+    assert plain[0] > 0
+    assert river == plain
+    assert plain[1] == 0
+
+
+def test_weights_are_held_once_for_several_compiled_models(without_inductor: None) -> None:
+    model = random_model("llama", 2)
+    one = torch.compile(model, backend="river", options={"tau": 0.5})
+    play(model, one, prompt(1, 3), 1, "dynamic")
+    size = river_compile.stats(one).river_bytes
+    torch.compiler.reset()
+    two = torch.compile(model, backend="river", options={"tau": 0.7})
+    play(model, two, prompt(1, 3), 1, "static")
+    assert river_compile.stats(two).river_bytes == size
+    assert (river_compile.stats(one).graphs, river_compile.stats(two).graphs) == (2, 2)
+
+
+def test_the_graphs_can_be_dumped(tmp_path: Path) -> None:
+    model = random_model("llama", 2)
+    compiled, _ = quick(model, dump_dir=tmp_path)
+    play(model, compiled, prompt(1, 3), 1, "dynamic")
+    text = (tmp_path / "graph_1.txt").read_text()
+    assert "# river of layer 1" in text

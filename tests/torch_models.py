@@ -1,0 +1,122 @@
+"""Helpers of the torch.compile tests: captured graphs, the plain piece compiler, and the judge of a river model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import DynamicCache, StaticCache
+from transformers.pytorch_utils import Conv1D
+
+from river_compile.config import RiverConfig
+from river_compile.passes.fx.graph import FxGraph, import_graph
+from tests.families import VOCABULARY, random_model
+
+# Tests run in as many workers as there are cores.
+torch.set_num_threads(1)
+
+CACHES = ("dynamic", "static")
+MAX_LENGTH = 128
+
+
+def as_it_is(module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+    """A piece compiler that compiles nothing: the passes and the dispatch are what is tested, and Inductor is slow."""
+    return module
+
+
+def capture(family: str, cache: str, layers: int = 4) -> list[FxGraph]:
+    """The graphs of a prompt and three decode passes, as Dynamo hands them to a backend."""
+    graphs = []
+
+    def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        weights = [n.name for n, v in zip(placeholders, inputs, strict=True) if isinstance(v, torch.nn.Parameter)]
+        graphs.append(import_graph(module, weights))
+        return module.forward
+
+    torch.compiler.reset()
+    model = random_model(family, layers)
+    play(model, torch.compile(model, backend=backend), prompt(2, 5), steps=3, cache=cache)
+    return graphs
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def new_cache(model: Any, kind: str) -> Any:
+    return StaticCache(config=model.config, max_cache_len=MAX_LENGTH) if kind == "static" else DynamicCache()
+
+
+@torch.no_grad()
+def play(
+    model: Any,
+    forward: Callable[..., Any],
+    ids: torch.Tensor,
+    steps: int,
+    cache: str | Any,
+    mask: torch.Tensor | None = None,
+    before: Callable[[int], None] = lambda step: None,
+) -> list[torch.Tensor]:
+    """Logits of a prompt and of some following tokens, which do not depend on the model: [batch, vocabulary] each."""
+    state = new_cache(model, cache) if isinstance(cache, str) else cache
+    mask = torch.ones_like(ids) if mask is None else mask
+    found = []
+    tokens = ids
+    for step in range(steps + 1):
+        before(step)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        extra = {"position_ids": positions} if "position_ids" in _parameters(model) else {}
+        logits = forward(tokens, attention_mask=mask, past_key_values=state, use_cache=True, **extra).logits
+        found.append(logits[:, -1].clone())
+        tokens = prompt(ids.shape[0], 1, seed=step + 1)
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+    return found
+
+
+def _parameters(model: Any) -> Sequence[str]:
+    import inspect
+
+    return list(inspect.signature(model.forward).parameters)
+
+
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+
+
+@torch.no_grad()
+def with_river_from(model: Any, depth: int, bits: int = 4, group_size: int = 32) -> Any:
+    """The judge: a copy in eager mode whose layers from ``depth`` on have their linear weights rounded and dequantized,
+    by a grid computed here."""
+    judge = copy.deepcopy(model)
+    for layer in decoder_layers(judge)[depth:]:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(_rounded(module.weight, bits, group_size))
+            elif isinstance(module, Conv1D):
+                module.weight.copy_(_rounded(module.weight.T, bits, group_size).T)
+    return judge
+
+
+def _rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    step = (high - low) / (2**bits - 1)
+    zero = (-low / step).round()
+    return (((groups / step + zero).round().clamp(0, 2**bits - 1) - zero) * step).reshape(weight.shape)
+
+
+def assert_same(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float = 1e-4) -> None:
+    """Every logit agrees to ``tolerance`` of the logits' range."""
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert torch.isfinite(theirs).all()
+        bound = tolerance * float(theirs.max() - theirs.min())
+        difference = float((ours - theirs).abs().max())
+        assert difference <= bound, f"step {step}: {difference} > {bound}"
+
+
+RIVER_EVERYWHERE = RiverConfig(tau=2.0, prefill="river")
