@@ -24,11 +24,15 @@ _INT8_ACCURACY = 4
 
 
 class RoundToNearest:
-    """Round to nearest on an asymmetric grid with integer zero points, by onnxruntime's own quantizer."""
+    """Round to nearest by onnxruntime's own quantizer.
 
-    name = "rtn"
+    Args:
+        symmetric: zero lies in the middle of the grid; otherwise each group has an integer zero point of its own.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, symmetric: bool = False) -> None:
+        self.name = "rtn-symmetric" if symmetric else "rtn"
+        self._symmetric = symmetric
         try:
             with _root_logger_untouched():
                 from onnxruntime.quantization import matmul_nbits_quantizer as ort
@@ -37,11 +41,14 @@ class RoundToNearest:
         self._ort = ort
 
     def quantize(self, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
-        config = self._ort.DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=False, bits=bits)
+        config = self._ort.DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=self._symmetric, bits=bits)
         packed, scales, zero_points = self._ort.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
         outputs, groups = packed.shape[:2]
         values = packed if bits == 8 else _unpack(packed)
-        zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
+        if self._symmetric:
+            zero_points = np.full((outputs, groups), 1 << (bits - 1), np.uint8)
+        else:
+            zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
         return QuantizedWeight(values, scales.reshape(outputs, groups).astype(np.float32), zero_points, bits)
 
 
@@ -59,6 +66,7 @@ def _root_logger_untouched() -> Iterator[None]:
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "rtn": RoundToNearest,
+    "rtn-symmetric": lambda: RoundToNearest(symmetric=True),
     "lsq": LeastSquares,
     "kquant": KQuant,
     "hqq": Hqq,
