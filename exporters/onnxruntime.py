@@ -45,11 +45,14 @@ class RoundToNearest:
         packed, scales, zero_points = self._ort.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
         outputs, groups = packed.shape[:2]
         values = packed if bits == 8 else _unpack(packed)
+        scales = scales.reshape(outputs, groups).astype(np.float32)
         if self._symmetric:
             zero_points = np.full((outputs, groups), 1 << (bits - 1), np.uint8)
+            if bits == 8:
+                values, scales = _positive(values, scales)
         else:
             zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
-        return QuantizedWeight(values, scales.reshape(outputs, groups).astype(np.float32), zero_points, bits)
+        return QuantizedWeight(values, scales, zero_points, bits)
 
 
 @contextmanager
@@ -133,6 +136,12 @@ def float_type(constant: gs.Constant) -> np.dtype:
 
     dtype = constant.dtype
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+
+
+def _positive(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit values and scales with the sign of negative scales moved into the values, of which -128 becomes 127."""
+    flipped = np.minimum(256 - values.astype(np.int16), 255).astype(np.uint8)
+    return np.where(scales[:, :, None] < 0, flipped, values), np.where(scales == 0, 1, np.abs(scales))
 
 
 def _unpack(packed: np.ndarray) -> np.ndarray:
