@@ -84,7 +84,7 @@ class EngineOptions:
 
 def default_config(**fields: Any) -> RiverConfig:
     """A config with the defaults of this destination: symmetric grids in groups of 64."""
-    return RiverConfig(**{"group_size": GROUP_SIZES[0], "quantizer": QUANTIZER, **fields})
+    return RiverConfig(**{"group_size": GROUP_SIZES[0], "quantizer": QUANTIZER, "activations": "float", **fields})
 
 
 def build(
@@ -102,6 +102,7 @@ def build(
 
     Args:
         model: an ONNX file with a KV cache in its signature.
+        config: the river's settings; `default_config` if None. Its river always computes in the engine's float type.
         onnx_output: keep what was handed to TensorRT as this file; a weightless engine always keeps it, as
             ``<engine>.onnx``.
         progress: is told the step and how much of how much of it is done.
@@ -112,7 +113,8 @@ def build(
         MissingExtra: TensorRT or onnxruntime (the quantizer) is not installed.
         RiverError: TensorRT could not build the engine.
     """
-    config, options = config or default_config(), options or EngineOptions()
+    options = options or EngineOptions()
+    config = dataclasses.replace(config or default_config(), activations="float")
     started = time.perf_counter()
     engine, model = Path(engine), Path(model)
     load_runtime(options.runtime).targets(options.compute_capabilities)
@@ -159,6 +161,7 @@ class RiverOnnx:
     anatomy: Anatomy
     result: rewrite.Rewrite | None
     dtype: str
+    defaults: dict[str, Any]
     weights_sha256: str
 
     @property
@@ -203,12 +206,12 @@ def write_onnx(
     else:
         graph, anatomy = rewrite.dissect(proto, model.parent, prepare)
         written = export_model(graph)
-    _make_inputs_ordinary(written)
+    defaults = _make_inputs_ordinary(written)
     files = onnx_file.save(
         written, output, model.parent, True, lambda done, total: progress("write", done, total)
     )
     caches = [(slot.past, slot.present) for layer in anatomy.layers for slot in layer.caches]
-    return RiverOnnx(files, written, caches, anatomy, result, dtype, _sha256(files[1:] or files))
+    return RiverOnnx(files, written, caches, anatomy, result, dtype, defaults, _sha256(files[1:] or files))
 
 
 def _float_types(proto: onnx.ModelProto, options: EngineOptions, model: Path) -> tuple[str, str]:
@@ -222,12 +225,14 @@ def _float_types(proto: onnx.ModelProto, options: EngineOptions, model: Path) ->
     return own, wanted
 
 
-def _make_inputs_ordinary(proto: onnx.ModelProto) -> None:
-    """Take their defaults from inputs that have one: TensorRT would make constants of them."""
+def _make_inputs_ordinary(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Take their defaults from inputs that have one: TensorRT would make constants of them. The defaults, by name."""
     inputs = {value.name for value in proto.graph.input}
+    defaults = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in proto.graph.initializer if t.name in inputs}
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in inputs]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
+    return defaults
 
 
 def profiles(
@@ -305,6 +310,7 @@ def _info(
         outputs=built.outputs,
         caches=tuple(made.caches),
         profiles=profiles(made.proto, made.caches, options),
+        defaults=made.defaults,
         seconds={name: round(value, 2) for name, value in seconds.items()} | {"network_layers": float(built.layers)},
     )
 

@@ -43,6 +43,7 @@ class EngineInfo:
         layers, river_layers, exit_points, quantizer, weights_sha256, config: the river (none: a plain engine).
         dtype, kv_cache, max_batch, max_length: limits that its profiles set, and the form of its KV cache.
         caches: pairs of a cache input and the output that continues it; with a static cache both are one address.
+        defaults: what to feed inputs that are settings (``river.tau``, ``river.max_depth``) when nothing is asked for.
     """
 
     runtime: str
@@ -65,6 +66,7 @@ class EngineInfo:
     outputs: tuple[Tensor, ...]
     caches: tuple[tuple[str, str], ...]
     profiles: tuple[Profile, ...]
+    defaults: dict[str, Any]
     seconds: dict[str, float]
     format: int = FORMAT
 
@@ -115,6 +117,20 @@ class EngineInfo:
             raise ConfigError("max_batch", f"this engine takes 1 to {self.max_batch} sequences, not {batch}")
         if length > self.max_length:
             raise ConfigError("max_length", f"this engine's KV cache holds {self.max_length} tokens, not {length}")
+
+    def shapes(self, batch: int, tokens: int, past: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every input and output in a pass of ``tokens`` new tokens a sequence behind ``past`` others."""
+        pasts, presents = {past for past, _ in self.caches}, {present for _, present in self.caches}
+        found = {}
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name in pasts | presents:
+                length = past if tensor.name in pasts else past + tokens
+                sizes = iter((batch, length))
+                found[tensor.name] = tuple(next(sizes) if size == -1 else size for size in tensor.shape)
+            else:
+                varying = iter((batch, past + tokens if tensor.name == "attention_mask" else tokens))
+                found[tensor.name] = tuple(next(varying) if size == -1 else size for size in tensor.shape)
+        return found
 
     def profile_for(self, shapes: dict[str, tuple[int, ...]]) -> int:
         """The index of the first profile that all shapes lie in, the decode profile before the prefill one.

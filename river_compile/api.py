@@ -17,10 +17,12 @@ from river_compile.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from river_compile.exporters.tensorrt import EngineOptions
+    from river_compile.exporters.tensorrt_engine import EngineInfo
     from river_compile.passes.anatomy import Layer
     from river_compile.tuning import Tuning
 
-__all__ = ["ExportReport", "Plan", "PlannedLinear", "export", "plan"]
+__all__ = ["ExportReport", "Plan", "PlannedLinear", "build_engine", "export", "plan"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -180,6 +182,34 @@ def export(
         notes=tuple(result.river.notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
+
+
+def build_engine(
+    model: str | Path | torch.nn.Module,
+    engine: str | Path,
+    config: RiverConfig | None = None,
+    options: EngineOptions | None = None,
+    *,
+    onnx_output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EngineInfo:
+    """Give a decoder an exit river, as a TensorRT engine: `river_compile.exporters.tensorrt.build` for any source.
+
+    Args:
+        model: as for `export`.
+        engine: the engine to write; its side file goes beside it.
+        config: the river's settings; None: `exporters.tensorrt.default_config`.
+
+    Raises: as `exporters.tensorrt.build`.
+    """
+    from river_compile.exporters import tensorrt
+
+    progress = progress or (lambda step, done, total: None)
+    target = Path(engine)
+    with ExitStack() as stack:
+        source, _ = _as_onnx(model, target.parent, stack, progress)
+        kept = Path(onnx_output) if onnx_output is not None else None
+        return tensorrt.build(source, target, config, options, onnx_output=kept, progress=progress)
 
 
 def plan(
