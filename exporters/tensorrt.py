@@ -25,6 +25,7 @@ from river_compile.exporters.tensorrt_linear import DequantizedMatMul
 from river_compile.exporters.tensorrt_runtime import RUNTIMES, load_runtime
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import export_model
+from river_compile.passes.onnx.join_linears import join_linears
 from river_compile.passes.onnx.lower_attention import lower_attention
 from river_compile.passes.onnx.lower_flags import lower_flags
 from river_compile.passes.onnx.narrow_floats import FLOATS, narrow_floats
@@ -192,6 +193,7 @@ def write_onnx(
     prepare.append(lower_attention)
     result = None
     if options.river:
+        prepare.append(partial(join_linears, config=config))
         result = rewrite.rewrite(
             proto,
             model.parent,

@@ -104,10 +104,16 @@ def _slots(graph: OnnxGraph) -> list[_Slot]:
         rank = ranks.get(cache.name, 0)
         if rank >= 3:
             present = node.outputs[0]
-            old, filled = (gs.Variable(f"{_PREFIX}{name}", present.dtype, present.shape) for name in (cache.name, present.name))
             axis = int(node.attrs["axis"]) % rank
+            old, filled = (_part(present, axis, name) for name in (cache.name, present.name))
             slots.append(_Slot(node, cache, new, axis, cache.name, present.name, old, filled))
     return slots
+
+
+def _part(present: gs.Variable, axis: int, name: str) -> gs.Variable:
+    """What is filled of a buffer. Its length is a dimension of no name: no two of that name could differ."""
+    shape = None if present.shape is None else [None if a == axis else size for a, size in enumerate(present.shape)]
+    return gs.Variable(f"{_PREFIX}{name}", present.dtype, shape)
 
 
 @dataclass
