@@ -58,7 +58,8 @@ class EngineOptions:
             "concatenated", past in and present out, as the source model has it.
         runtime: "auto", "tensorrt" or "tensorrt-rtx".
         compute_capabilities: GPUs to build for, such as ("8.9",); empty: the runtime's default.
-        weightless: leave the weights out of the engine; they are refitted from the ONNX file kept beside it.
+        weightless: leave the weights out of the engine; they are refitted from the ONNX file kept beside it. With
+            TensorRT-RTX 1.7.1 such an engine needs a GPU to be built.
         river: False builds the plain model, to compare with.
     """
 

@@ -106,7 +106,9 @@ def build(job: Job) -> Built:
     layers, inputs, outputs = network.num_layers, _tensors(network, "input"), _tensors(network, "output")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RiverError(f"{runtime.name} could not build the engine: {runtime.complaint()}")
+        # TensorRT-RTX 1.7.1 compiles a refittable engine's kernels when it is built, on the GPU.
+        hint = " (a weightless one needs a GPU to be built)" if job.weightless else ""
+        raise RiverError(f"{runtime.name} could not build the engine{hint}: {runtime.complaint()}")
     Path(job.engine).write_bytes(plan)
     seconds = {"parse": parsed - started, "build": time.perf_counter() - parsed}
     del parser
