@@ -81,7 +81,9 @@ class EngineOptions:
         choices: dict[str, tuple[Any, ...]] = {"dtype": (None, *DTYPES), "kv_cache": KV_CACHES, "runtime": RUNTIMES}
         for field, known in choices.items():
             if getattr(self, field) not in known:
-                raise ConfigError(field, f"{getattr(self, field)!r} is none of {', '.join(map(str, filter(None, known)))}")
+                raise ConfigError(
+                    field, f"{getattr(self, field)!r} is none of {', '.join(map(str, filter(None, known)))}"
+                )
 
 
 def default_config(**fields: Any) -> RiverConfig:
@@ -210,9 +212,7 @@ def write_onnx(
         graph, anatomy = rewrite.dissect(proto, model.parent, prepare)
         written = export_model(graph)
     defaults = _make_inputs_ordinary(written)
-    files = onnx_file.save(
-        written, output, model.parent, True, lambda done, total: progress("write", done, total)
-    )
+    files = onnx_file.save(written, output, model.parent, True, lambda done, total: progress("write", done, total))
     caches = [(slot.past, slot.present) for layer in anatomy.layers for slot in layer.caches]
     return RiverOnnx(files, written, caches, anatomy, result, dtype, defaults, _sha256(files[1:] or files))
 
@@ -238,9 +238,7 @@ def _make_inputs_ordinary(proto: onnx.ModelProto) -> dict[str, Any]:
     return defaults
 
 
-def profiles(
-    proto: onnx.ModelProto, caches: list[tuple[str, str]], options: EngineOptions
-) -> tuple[Profile, Profile]:
+def profiles(proto: onnx.ModelProto, caches: list[tuple[str, str]], options: EngineOptions) -> tuple[Profile, Profile]:
     """The prefill and the decode profile: for every input that varies in shape its least, usual and largest shape.
 
     Prefill takes any number of tokens; with a concatenated cache, only onto an empty one. Decode takes one token.

@@ -140,7 +140,9 @@ class EngineInfo:
         """
         order = sorted(range(len(self.profiles)), key=lambda index: self.profiles[index].name != "decode")
         for index in order:
-            if all(_within(shapes[name], bounds) for name, bounds in self.profiles[index].shapes.items() if name in shapes):
+            if all(
+                _within(shapes[name], bounds) for name, bounds in self.profiles[index].shapes.items() if name in shapes
+            ):
                 return index
         given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items() if name in _SHOWN)
         raise ConfigError("max_length", f"no profile of this engine takes {given}")

@@ -47,7 +47,9 @@ class TensorRT:
         for capability in wanted:
             if capability not in known:
                 can = f"it builds for {', '.join(known)}" if known else "it builds for the GPU at hand only"
-                raise ConfigError("compute_capabilities", f"{self.name} {self.version} cannot build for {capability}; {can}")
+                raise ConfigError(
+                    "compute_capabilities", f"{self.name} {self.version} cannot build for {capability}; {can}"
+                )
         return [self.module.ComputeCapability.__members__["SM" + c.replace(".", "")] for c in wanted]
 
     def complaint(self) -> str:

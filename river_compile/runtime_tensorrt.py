@@ -124,15 +124,21 @@ class TensorRTDecoder(Decoder):
                 raise ConfigError(name.removeprefix("river."), "this engine has no river")
         return {**self.info.defaults, **asked}
 
-    def _run(self, context: Any, feeds: dict[str, Any], state: State, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    def _run(
+        self, context: Any, feeds: dict[str, Any], state: State, shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
         bound: dict[str, torch.Tensor] = {}
         pasts = dict(self.info.caches)
         for tensor in self.info.inputs:
             kind = getattr(torch, tensor.dtype)
-            value = state.caches[tensor.name] if tensor.name in pasts else torch.as_tensor(feeds[tensor.name], dtype=kind)
+            value = (
+                state.caches[tensor.name] if tensor.name in pasts else torch.as_tensor(feeds[tensor.name], dtype=kind)
+            )
             bound[tensor.name] = value.to("cuda").contiguous()
             if -1 in tensor.shape and not context.set_input_shape(tensor.name, shapes[tensor.name]):
-                raise RiverError(f"TensorRT refuses {tensor.name} {list(shapes[tensor.name])}: {self._runtime.complaint()}")
+                raise RiverError(
+                    f"TensorRT refuses {tensor.name} {list(shapes[tensor.name])}: {self._runtime.complaint()}"
+                )
         static = {present: past for past, present in self.info.caches} if self.info.kv_cache == "static" else {}
         outputs = {}
         for tensor in self.info.outputs:

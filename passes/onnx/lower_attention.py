@@ -58,7 +58,9 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
     scale = math.sqrt(node.attrs.get("scale", 1 / math.sqrt(width)))
     parts: list[gs.Node] = []
 
-    def add(op: str, suffix: str, inputs: Sequence[gs.Tensor], output: gs.Variable | None = None, **attrs: object) -> gs.Variable:
+    def add(
+        op: str, suffix: str, inputs: Sequence[gs.Tensor], output: gs.Variable | None = None, **attrs: object
+    ) -> gs.Variable:
         output = output or gs.Variable(f"{node.name}/{suffix}", dtype)
         parts.append(gs.Node(op, f"{node.name}/{op}.{suffix}", attrs=attrs, inputs=[*inputs], outputs=[output]))
         return output
@@ -96,7 +98,9 @@ def _bias(graph: OnnxGraph, parts: list[gs.Node], mask: gs.Tensor, dtype: object
     if mask.dtype not in (bool, np.bool_):
         return mask
     least = float(np.finfo(np.float16).min if _type_name(dtype) == "float16" else np.finfo(np.float32).min) / 2
-    zero, masked = (_constant(graph, f"{n}.{_type_name(dtype)}", v, dtype) for n, v in (("kept", 0.0), ("least", least)))
+    zero, masked = (
+        _constant(graph, f"{n}.{_type_name(dtype)}", v, dtype) for n, v in (("kept", 0.0), ("least", least))
+    )
     bias = gs.Variable(f"{_PREFIX}{mask.name}/{_type_name(dtype)}", dtype, mask.shape)
     parts.append(gs.Node("Where", f"{bias.name}/Where", inputs=[mask, zero, masked], outputs=[bias]))
     return bias

@@ -51,5 +51,7 @@ def _parts(node: gs.Node) -> Sequence[gs.Node]:
     before = gs.Node(
         "Cast", f"{node.name}/number", attrs={"to": onnx.TensorProto.INT32}, inputs=[flags], outputs=[numbers]
     )
-    after = gs.Node("Cast", f"{node.name}/flag", attrs={"to": onnx.TensorProto.BOOL}, inputs=[reduced], outputs=[result])
+    after = gs.Node(
+        "Cast", f"{node.name}/flag", attrs={"to": onnx.TensorProto.BOOL}, inputs=[reduced], outputs=[result]
+    )
     return [before, node, after]

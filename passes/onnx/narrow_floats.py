@@ -104,9 +104,7 @@ def _narrow_constant(graph: OnnxGraph, wide: gs.Constant, kind: int, made: dict[
 def _cast(wide: gs.Tensor, kind: int, casts: dict[str, gs.Node]) -> gs.Variable:
     if wide.name not in casts:
         narrow = gs.Variable(f"{wide.name}/narrow", kind, wide.shape)
-        casts[wide.name] = gs.Node(
-            "Cast", f"{wide.name}/Cast", attrs={"to": kind}, inputs=[wide], outputs=[narrow]
-        )
+        casts[wide.name] = gs.Node("Cast", f"{wide.name}/Cast", attrs={"to": kind}, inputs=[wide], outputs=[narrow])
     result: gs.Variable = casts[wide.name].outputs[0]
     return result
 

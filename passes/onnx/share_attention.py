@@ -62,7 +62,9 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
     ]
     condition = branch.inputs[0]
     results = {output.name: output for output in branch.outputs}
-    inner = {output.name: body_output for output, body_output in zip(branch.outputs, bodies[_BACKBONE].outputs, strict=True)}
+    inner = {
+        output.name: body_output for output, body_output in zip(branch.outputs, bodies[_BACKBONE].outputs, strict=True)
+    }
     places = {side: dict(zip(results, body.outputs, strict=True)) for side, body in bodies.items()}
     branch.inputs.clear()
     branch.outputs.clear()
@@ -78,7 +80,9 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
     nodes = []
     if backbone.before:
         outputs = [results.get(crossing[name]) or _like(first[name], crossing[name]) for name in handed_on]
-        nodes.append(_if(branch.name, condition, parts, "before", [_base(n, backbone.prefix) for n in handed_on], outputs))
+        nodes.append(
+            _if(branch.name, condition, parts, "before", [_base(n, backbone.prefix) for n in handed_on], outputs)
+        )
     nodes += [_hoist(node, backbone.prefix, crossing, results) for node in backbone.shared]
     late = [name for name in results if inner[name].name not in first and inner[name].name not in middle]
     for side, part in parts.items():
@@ -96,7 +100,8 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
 def _common(bodies: dict[str, gs.Graph], layer: Layer) -> set[str]:
     """Names, without prefix, of the layer's nodes that both branches have: all but the linear layers of the river."""
     names = [
-        {_base(node.name, f"{body.name}/"): node.op for node in body.nodes} for body in (bodies[_BACKBONE], bodies[_RIVER])
+        {_base(node.name, f"{body.name}/"): node.op for node in body.nodes}
+        for body in (bodies[_BACKBONE], bodies[_RIVER])
     ]
     return {name for name in layer.nodes if name in names[0] and names[0][name] == names[1].get(name)}
 
@@ -165,7 +170,12 @@ def _like(tensor: gs.Variable, name: str) -> gs.Variable:
 
 
 def _if(
-    name: str, condition: gs.Tensor, parts: dict[str, _Parts], place: str, yields: Sequence[str], outputs: list[gs.Variable]
+    name: str,
+    condition: gs.Tensor,
+    parts: dict[str, _Parts],
+    place: str,
+    yields: Sequence[str],
+    outputs: list[gs.Variable],
 ) -> gs.Node:
     branches = {}
     for side, part in parts.items():

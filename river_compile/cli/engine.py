@@ -40,7 +40,9 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         help="Engine to write, with its side file ENGINE.json.  [default: MODEL.engine]",
     ),
-    click.option("--max-batch", type=int, default=4, show_default=True, help="Most sequences the engine takes at once."),
+    click.option(
+        "--max-batch", type=int, default=4, show_default=True, help="Most sequences the engine takes at once."
+    ),
     click.option(
         "--max-length", type=int, default=2048, show_default=True, help="Most tokens of a sequence in the engine."
     ),
@@ -68,7 +70,9 @@ _OPTIONS = (
         metavar="X.Y",
         help="GPU to build for, such as 8.9; repeatable.  [default: the runtime's own choice]",
     ),
-    click.option("--weightless", is_flag=True, help="Leave weights out of the engine, to be refitted from its ONNX file."),
+    click.option(
+        "--weightless", is_flag=True, help="Leave weights out of the engine, to be refitted from its ONNX file."
+    ),
 )
 
 
@@ -127,7 +131,10 @@ def _show(console: Console, info: EngineInfo, engine: Path) -> None:
     targets = ", ".join(info.compute_capabilities) or "the runtime's default GPUs"
     rows = (
         ("runtime", f"{info.runtime} {info.version}, for {targets}"),
-        ("decoder layers", f"{info.layers}, {info.river_layers} with a river twin, {len(info.exit_points)} exit points"),
+        (
+            "decoder layers",
+            f"{info.layers}, {info.river_layers} with a river twin, {len(info.exit_points)} exit points",
+        ),
         ("KV cache", f"{info.kv_cache}, {info.dtype}"),
         ("limits", f"{info.max_batch} sequences of {info.max_length} tokens"),
         ("engine", f"{info.nbytes / 1e6:.1f} MB"),

@@ -98,9 +98,7 @@ def main(
     if len(prompts) > 1:
         for text in texts:
             console.print(f"- {text}", markup=False)
-    console.print(
-        f"\n{result.tokens_per_second:.1f} tokens/s a sequence, mean exit depth {result.mean_exit_depth:.1f}"
-    )
+    console.print(f"\n{result.tokens_per_second:.1f} tokens/s a sequence, mean exit depth {result.mean_exit_depth:.1f}")
 
 
 def _check(model: Path, prompts: list[list[int]], new_tokens: int) -> None:

@@ -105,7 +105,7 @@ def test_the_side_file_says_what_the_engine_is(engine: Path, exported: Exported,
     info = EngineInfo.load(engine)
     assert info.runtime == "tensorrt-rtx" and info.version == load_runtime("tensorrt-rtx").version
     assert info.nbytes == engine.stat().st_size
-    assert info.config["group_size"] == 64 and info.quantizer == "rtn-symmetric" and info.exit_points == (1,)
+    assert info.config["group_size"] == 64 and info.quantizer == "rtn-symmetric" and info.exit_points == ()
     assert info.defaults == {"river.tau": pytest.approx(0.9), "river.max_depth": LAYERS}
     made = write_onnx(exported("llama"), tmp_path / "m.onnx", ONE_TWIN, EngineOptions(max_length=LENGTH))
     assert info.weights_sha256 == made.weights_sha256
@@ -182,7 +182,9 @@ def test_a_node_that_the_parser_does_not_take_is_named(exported: Exported, tmp_p
     model = onnx.load(exported("llama"))
     last = next(node for node in model.graph.node if "logits" in node.output)
     last.output[0] = "before"
-    model.graph.node.append(helper.make_node("Strange", ["before"], ["logits"], name="the_culprit", domain="com.microsoft"))
+    model.graph.node.append(
+        helper.make_node("Strange", ["before"], ["logits"], name="the_culprit", domain="com.microsoft")
+    )
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     folder = tmp_path / "in"
     folder.mkdir()
@@ -225,7 +227,14 @@ def test_an_unsupported_compute_capability_is_refused(exported: Exported, tmp_pa
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_batch", 0), ("max_length", 1), ("dtype", "int8"), ("kv_cache", "paged"), ("runtime", "x"), ("max_batch", True)],
+    [
+        ("max_batch", 0),
+        ("max_length", 1),
+        ("dtype", "int8"),
+        ("kv_cache", "paged"),
+        ("runtime", "x"),
+        ("max_batch", True),
+    ],
 )
 def test_options_are_valid_by_construction(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: ") as error:

@@ -146,7 +146,9 @@ def test_the_plain_model_in_the_same_form_equals_the_original(
 
 def test_a_grid_with_zero_points_is_refused(exported: Exported, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="symmetric grids only"):
-        write_onnx(exported("llama"), tmp_path / "x.onnx", default_config(quantizer="rtn"), EngineOptions(dtype="float32"))
+        write_onnx(
+            exported("llama"), tmp_path / "x.onnx", default_config(quantizer="rtn"), EngineOptions(dtype="float32")
+        )
     assert not list(tmp_path.iterdir())
 
 
