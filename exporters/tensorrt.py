@@ -223,7 +223,7 @@ def _float_types(proto: onnx.ModelProto, options: EngineOptions, model: Path) ->
     kinds = [value.type.tensor_type for value in proto.graph.input if len(value.type.tensor_type.shape.dim) >= 3]
     own = names.get(kinds[0].elem_type, "") if kinds else "float32"
     wanted = options.dtype or ("float16" if own == "float32" else own)
-    if own != wanted and own != "float32":
+    if own not in (wanted, "float32"):
         raise ConfigError("dtype", f"{model} computes in {own or 'another type'}; it cannot be built in {wanted}")
     return own, wanted
 
@@ -273,7 +273,7 @@ def _shape(
 ) -> tuple[int, ...]:
     if is_cache:
         free = [axis for axis, size in enumerate(dims) if size == -1]
-        sizes = {axis: size for axis, size in zip(free, (batch,) if static else (batch, past), strict=True)}
+        sizes = dict(zip(free, (batch,) if static else (batch, past), strict=True))
         return tuple(sizes.get(axis, size) for axis, size in enumerate(dims))
     if len(dims) != 2:
         raise InputError(f"input {name!r} of shape {dims} is not known here: TensorRT must be told its bounds")

@@ -1,4 +1,4 @@
-"""Parse and build, in a process of its own: TensorRT's builder can crash, and what it crashes is then not the user's."""
+"""Parse and build, in a process of its own: TensorRT's builder can crash, and must not take the caller with it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def run(job: Job) -> Built:
         RiverError: as `build`, or the builder crashed.
     """
     child = subprocess.run(
-        [sys.executable, "-m", __name__], input=json.dumps(dataclasses.asdict(job)), capture_output=True, text=True
+        [sys.executable, "-m", __name__],
+        input=json.dumps(dataclasses.asdict(job)),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     try:
         answer = json.loads(child.stdout.rpartition("\n\n")[2])

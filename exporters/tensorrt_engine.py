@@ -1,4 +1,4 @@
-"""An engine's side file: all that one must know of an engine to bind it, in JSON, readable without TensorRT or a GPU."""
+"""An engine's side file: all that one must know to bind it, in JSON, readable without TensorRT or a GPU."""
 
 from __future__ import annotations
 

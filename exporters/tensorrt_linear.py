@@ -1,4 +1,4 @@
-"""The river's linear layers as TensorRT takes them: a symmetric integer grid, dequantized in front of a plain product."""
+"""The river's linear layers as TensorRT takes them: a symmetric integer grid, dequantized before a plain product."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class TensorRT:
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """The compute capabilities that it can be told to build for, "8.6" style; empty if it builds for its own GPU."""
+        """The compute capabilities that it can be told to build for, as "8.6"; empty if it builds for its own GPU."""
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         return tuple(_dotted(name) for name in members if name.startswith("SM"))
 

@@ -27,7 +27,7 @@ class TensorRTDecoder(Decoder):
 
     Args:
         path: an engine with its side file, ``<engine>.json``.
-        jit_cache: a file that keeps the kernels which TensorRT-RTX compiles on first use, read now and written by `save`.
+        jit_cache: a file for the kernels that TensorRT-RTX compiles on first use, read now and written by `save`.
 
     Raises:
         MissingExtra: the runtime that built the engine is not installed.
@@ -47,7 +47,7 @@ class TensorRTDecoder(Decoder):
         self._runtime = runtime
         self._engine = _load(runtime, path, self.info)
         self._jit_path = Path(jit_cache) if jit_cache is not None else None
-        self._stream = torch.cuda.Stream()
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._contexts = self._make_contexts()
         # TensorRT takes no null address, not even of an empty tensor.
         self._nothing = torch.zeros(256, dtype=torch.uint8, device="cuda")

@@ -2,10 +2,10 @@
 
     python samples/tensorrt_check.py [MODEL.onnx] [--output FOLDER] [--build-only]
 
-Builds the plain engine and the river engine (with TensorRT-RTX that needs no GPU: --build-only stops there), then on the
-GPU: logits and exit depth of every depth against ONNX Runtime on the very same ONNX, 64 greedy tokens, and tokens per
-second of the plain engine, the all-river engine and the river engine at forced depths, interleaved. MODEL is SmolLM2-135M
-if not given (see smollm2.py).
+Builds the plain engine and the river engine (with TensorRT-RTX that needs no GPU: --build-only stops there), then on
+the GPU: logits and exit depth of every depth against ONNX Runtime on the very same ONNX, 64 greedy tokens, and tokens per
+second of the plain engine, the all-river engine and the river engine at forced depths, interleaved. MODEL is
+SmolLM2-135M if not given (see smollm2.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def build_engine(model: Path, folder: Path, river: bool) -> Path:
     info = build(model, engine, default_config(tau=2.0), options, onnx_output=engine.with_suffix(".onnx"))
     console.print(
         f"{engine.name}: {info.nbytes / 1e6:.0f} MB, parsed in {info.seconds['parse']:.1f} s, built in "
-        f"{info.seconds['build']:.1f} s, {info.seconds['network_layers']:.0f} TensorRT layers, {info.runtime} {info.version}"
+        f"{info.seconds['build']:.1f} s, {info.seconds['network_layers']:.0f} TensorRT layers, "
+        f"{info.runtime} {info.version}"
     )
     return engine
 

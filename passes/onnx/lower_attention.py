@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,8 +25,8 @@ def lower_attention(graph: OnnxGraph) -> int:
     attention layer come from conditionals; products and softmax it takes, and fuses by itself. Query heads that share a
     key head stay so: they are a dimension that keys are broadcast along, not copied.
 
-    Requires: query, key and value [batch, heads, sequence, width] of known heads and width. Attention in another form (a
-    cache of its own, a flag for causality) is left as it is.
+    Requires: query, key and value [batch, heads, sequence, width] of known heads and width. Attention in another form
+    (a cache of its own, a flag for causality) is left as it is.
     Ensures: the same function; masked scores get half the least number of their type, so that a row in which all is
     masked has no NaN.
     """
@@ -130,11 +131,11 @@ def _shape(graph: OnnxGraph, sizes: Sequence[int]) -> gs.Constant:
     return graph.weights.get(name) or graph.add_weight(name, np.array(sizes, np.int64))
 
 
-def _constant(graph: OnnxGraph, name: str, value: float, dtype: object) -> gs.Constant:
+def _constant(graph: OnnxGraph, name: str, value: float, dtype: Any) -> gs.Constant:
     name = f"{_PREFIX}{name}"
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
     return graph.weights.get(name) or graph.add_weight(name, np.array(value).astype(kind))
 
 
-def _type_name(dtype: object) -> str:
+def _type_name(dtype: Any) -> str:
     return str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype))

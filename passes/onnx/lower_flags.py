@@ -17,7 +17,7 @@ _REDUCTIONS = {"ReduceMin", "ReduceMax"}
 
 
 def lower_flags(graph: OnnxGraph, anatomy: Anatomy) -> int:
-    """Replace ``ReduceMin`` and ``ReduceMax`` of booleans by the same of int32 between two casts; how many were replaced.
+    """Replace ``ReduceMin`` and ``ReduceMax`` of booleans by that of int32 between two casts; how many were replaced.
 
     Requires: every boolean tensor that is reduced has its type noted (those of `insert_exits` do).
     Ensures: the same function; new names start with the name of the node replaced.

@@ -31,8 +31,8 @@ def narrow_floats(graph: OnnxGraph, dtype: str) -> int:
     where the stream reads it, since 16 bits do not tell long positions apart.
 
     Requires: nodes in topological order; no subgraphs.
-    Ensures: float32 inputs of three or more dimensions (the cache) and all float32 outputs that depend on the stream have
-    the new type. Weights are read and converted now; a value outside the type's range is cut to it.
+    Ensures: float32 inputs of three or more dimensions (the cache) and all float32 outputs that depend on the stream
+    have the new type. Weights are read and converted now; a value outside the type's range is cut to it.
 
     Raises:
         InputError: the model has subgraphs.
@@ -117,7 +117,5 @@ def _retype(graph: OnnxGraph, stream: set[str], kind: int) -> None:
     dtype = np.dtype(np.float16) if kind == onnx.TensorProto.FLOAT16 else kind
     tensors = [*graph.surgeon.inputs, *(output for node in graph.nodes for output in node.outputs)]
     for tensor in tensors:
-        if tensor.name in stream:
-            tensor.dtype = dtype
-        elif tensor.name.endswith("/narrow"):
+        if tensor.name in stream or tensor.name.endswith("/narrow"):
             tensor.dtype = dtype

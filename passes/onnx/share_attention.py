@@ -26,8 +26,8 @@ def share_attention(graph: OnnxGraph, anatomy: Anatomy) -> None:
     and cache update layers may not stand in a conditional, the latter only between a network's input and output.
 
     Requires: the Ifs of `share_kv`, exits inserted.
-    Ensures: the same function; at most two Ifs a layer, ``river/layer.N`` and ``river/layer.N.after``, on one condition;
-    the nodes between have the names that they had in the source.
+    Ensures: the same function; at most two Ifs a layer, ``river/layer.N`` and ``river/layer.N.after``, of one
+    condition; the nodes between have the names that they had in the source.
     """
     by_name = {node.name: node for node in graph.nodes}
     made: list[gs.Node] = []
@@ -57,9 +57,7 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
     pasts = {slot.past for slot in layer.caches}
     parts = {side: _part(body, common, pasts, f"{body.name}/") for side, body in bodies.items()}
     backbone = parts[_BACKBONE]
-    assert [_base(n.name, backbone.prefix) for n in backbone.shared] == [
-        _base(n.name, parts[_RIVER].prefix) for n in parts[_RIVER].shared
-    ]
+    assert _names(backbone) == _names(parts[_RIVER]), "the branches share different nodes"
     condition = branch.inputs[0]
     results = {output.name: output for output in branch.outputs}
     inner = {
@@ -85,7 +83,7 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
         )
     nodes += [_hoist(node, backbone.prefix, crossing, results) for node in backbone.shared]
     late = [name for name in results if inner[name].name not in first and inner[name].name not in middle]
-    for side, part in parts.items():
+    for part in parts.values():
         moved = {part.prefix + _base(name, backbone.prefix): target for name, target in crossing.items()}
         for node in part.after:
             _redirect(node, moved)
@@ -95,6 +93,10 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
             after.attrs[side].outputs = [places[side][name] for name in late]
         nodes.append(after)
     return nodes
+
+
+def _names(part: _Parts) -> set[str]:
+    return {_base(node.name, part.prefix) for node in part.shared}
 
 
 def _common(bodies: dict[str, gs.Graph], layer: Layer) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from river_compile.errors import ConfigError, InputError
@@ -32,8 +31,8 @@ def static_cache(graph: OnnxGraph, max_length: int) -> int:
     Sequences of a batch are padded on the left, so one length holds for all.
 
     Requires: a cache that is written by ``Concat`` of past and new along one axis.
-    Ensures: the same function while past + sequence <= max_length; every slot is written by one ``TensorScatter``, whose
-    output is the slot's; the opset is 24 at least.
+    Ensures: the same function while past + sequence <= max_length; every slot is written by one ``TensorScatter``,
+    whose output is the slot's; the opset is 24 at least.
 
     Raises:
         InputError: the cache is written otherwise, or the signature does not tell how much of it is filled.
@@ -55,9 +54,8 @@ def static_cache(graph: OnnxGraph, max_length: int) -> int:
         nodes += _update(slot, filled)
     for node in [*nodes]:
         for index, tensor in enumerate(node.inputs):
-            slot = pasts.get(tensor.name)
-            if slot is not None and not node.name.startswith(_PREFIX):
-                node.inputs[index] = slot.old
+            if tensor.name in pasts and not node.name.startswith(_PREFIX):
+                node.inputs[index] = pasts[tensor.name].old
     read = {tensor.name for node in nodes for tensor in node.inputs}
     nodes += [filled.slice(slot.cache, filled.past, slot.axis, slot.old) for slot in slots if slot.old.name in read]
     graph.surgeon.nodes = toposorted([*filled.nodes, *nodes])

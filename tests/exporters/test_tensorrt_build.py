@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 
 from river_compile.errors import ConfigError, InputError, MissingExtra, RiverError
 from river_compile.exporters import tensorrt_builder, tensorrt_runtime

@@ -1,4 +1,4 @@
-"""What is handed to TensorRT computes the right thing: it runs in ONNX Runtime, and equals the river made for that one."""
+"""What is handed to TensorRT computes the right thing: it runs in ONNX Runtime, and equals that one's own river."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_exits_are_decided_alike_padding_left_out(case: Case, tau: float) -> Non
 
 
 def _real(outputs: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
-    """Outputs without what padding tokens compute: nothing reads it, and attention with nothing to attend to differs."""
+    """Outputs without what padding tokens compute: nobody reads it, and attention to nothing may differ."""
     shown = {name: value for name, value in outputs.items() if name != "river.exit_depth"}
     for name, value in shown.items():
         tokens = mask[:, :, None] if name == "logits" else mask[:, None, :, None]
@@ -155,7 +155,7 @@ def test_a_grid_with_zero_points_is_refused(exported: Exported, tmp_path: Path) 
 def test_a_model_of_another_type_is_refused(exported: Exported, tmp_path: Path) -> None:
     options = EngineOptions(dtype="float16", max_length=LENGTH, river=False)
     half = write_onnx(exported("llama"), tmp_path / "half.onnx", default_config(), options).path
-    with pytest.raises(ConfigError, match="dtype: .*computes in float16"):
+    with pytest.raises(ConfigError, match=r"dtype: .*computes in float16"):
         write_onnx(half, tmp_path / "x.onnx", default_config(), EngineOptions(dtype="bfloat16"))
     with pytest.raises(InputError, match="no KV cache that grows"):
         write_onnx(half, tmp_path / "x.onnx", default_config(), EngineOptions())

@@ -1,4 +1,4 @@
-"""A static cache: what it refuses, and what it does to the graph. That it computes the same is tested with the exporter."""
+"""A static cache: what it refuses and what it does to the graph; its function is tested with the exporter."""
 
 from __future__ import annotations
 
