@@ -3,7 +3,7 @@
     python samples/tensorrt_check.py [MODEL.onnx] [--output FOLDER] [--build-only]
 
 Builds the plain engine and the river engine (with TensorRT-RTX that needs no GPU: --build-only stops there), then on
-the GPU: logits and exit depth of every depth against ONNX Runtime on the very same ONNX, 64 greedy tokens, and tokens per
+the GPU: logits and exit depth of every depth against ONNX Runtime on the very same ONNX, 64 greedy tokens, tokens per
 second of the plain engine, the all-river engine and the river engine at forced depths, interleaved. MODEL is
 SmolLM2-135M if not given (see smollm2.py).
 """
