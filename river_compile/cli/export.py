@@ -205,6 +205,8 @@ def main(
     from river_compile.api import export, plan
 
     if target == "tensorrt":
+        if tokenizer or tuning_texts or avg_bits is not None or max_kl is not None or sensitivity:
+            raise ConfigError("target", "an engine's river is made without tuning texts; tuning options do not apply")
         config = river_defaults(click.get_current_context(), config)
         if not dry_run:
             from river_compile.exporters.tensorrt import EngineOptions
