@@ -24,11 +24,15 @@ _INT8_ACCURACY = 4
 
 
 class RoundToNearest:
-    """Round to nearest on an asymmetric grid with integer zero points, by onnxruntime's own quantizer."""
+    """Round to nearest by onnxruntime's own quantizer.
 
-    name = "rtn"
+    Args:
+        symmetric: zero lies in the middle of the grid; otherwise each group has an integer zero point of its own.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, symmetric: bool = False) -> None:
+        self.name = "rtn-symmetric" if symmetric else "rtn"
+        self._symmetric = symmetric
         try:
             with _root_logger_untouched():
                 from onnxruntime.quantization import matmul_nbits_quantizer as ort
@@ -37,12 +41,18 @@ class RoundToNearest:
         self._ort = ort
 
     def quantize(self, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
-        config = self._ort.DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=False, bits=bits)
+        config = self._ort.DefaultWeightOnlyQuantConfig(block_size=group_size, is_symmetric=self._symmetric, bits=bits)
         packed, scales, zero_points = self._ort.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
         outputs, groups = packed.shape[:2]
         values = packed if bits == 8 else _unpack(packed)
-        zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
-        return QuantizedWeight(values, scales.reshape(outputs, groups).astype(np.float32), zero_points, bits)
+        scales = scales.reshape(outputs, groups).astype(np.float32)
+        if self._symmetric:
+            zero_points = np.full((outputs, groups), 1 << (bits - 1), np.uint8)
+            if bits == 8:
+                values, scales = _positive(values, scales)
+        else:
+            zero_points = zero_points if bits == 8 else _unpack(zero_points)[:, :groups]
+        return QuantizedWeight(values, scales, zero_points, bits)
 
 
 @contextmanager
@@ -59,6 +69,7 @@ def _root_logger_untouched() -> Iterator[None]:
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "rtn": RoundToNearest,
+    "rtn-symmetric": lambda: RoundToNearest(symmetric=True),
     "lsq": LeastSquares,
     "kquant": KQuant,
     "hqq": Hqq,
@@ -125,6 +136,12 @@ def float_type(constant: gs.Constant) -> np.dtype:
 
     dtype = constant.dtype
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+
+
+def _positive(values: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit values and scales with the sign of negative scales moved into the values, of which -128 becomes 127."""
+    flipped = np.minimum(256 - values.astype(np.int16), 255).astype(np.uint8)
+    return np.where(scales[:, :, None] < 0, flipped, values), np.where(scales == 0, 1, np.abs(scales))
 
 
 def _unpack(packed: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +23,12 @@ from river_compile.passes.onnx.unfuse_skip_norms import unfuse_skip_norms
 from river_compile.passes.onnx.verify import Original, verify
 from river_compile.passes.quantizer import Quantizer
 
-__all__ = ["Rewrite", "count_nodes", "dissect", "exit_points", "rewrite", "survey"]
+__all__ = ["Finish", "Preparation", "Rewrite", "count_nodes", "dissect", "exit_points", "rewrite", "survey"]
 
 log = logging.getLogger("river_compile")
+
+Preparation = Callable[[OnnxGraph], object]
+Finish = Callable[[OnnxGraph, Anatomy], object]
 
 
 @dataclass
@@ -41,13 +44,20 @@ class Rewrite:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def dissect(model: onnx.ModelProto, folder: Path | None) -> tuple[OnnxGraph, Anatomy]:
+def dissect(
+    model: onnx.ModelProto, folder: Path | None, prepare: Sequence[Preparation] = ()
+) -> tuple[OnnxGraph, Anatomy]:
     """Import a model, bring it into the form the passes expect, and find its layers.
+
+    Args:
+        prepare: passes of a destination, which run first.
 
     Raises:
         LayersNotFound: it is no decoder with a KV cache.
     """
     graph = import_model(model, folder)
+    for prepared in prepare:
+        prepared(graph)
     unfuse_skip_norms(graph)
     return graph, find_layers(graph)
 
@@ -60,6 +70,9 @@ def rewrite(
     lowering: LinearLowering,
     progress: Callable[[int, int], None] = lambda done, total: None,
     moments: Mapping[str, np.ndarray] | None = None,
+    *,
+    prepare: Sequence[Preparation] = (),
+    finish: Sequence[Finish] = (),
 ) -> Rewrite:
     """Give a decoder its exit river.
 
@@ -68,6 +81,7 @@ def rewrite(
         folder: where its external data lies.
         progress: is told layers quantized and layers in all.
         moments: see `grow_river`.
+        prepare, finish: passes that only this destination needs, before and after those that all have.
 
     Raises:
         RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
@@ -85,7 +99,7 @@ def rewrite(
             _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
 
     started = time.perf_counter()
-    graph, anatomy = dissect(model, folder)
+    graph, anatomy = dissect(model, folder, prepare)
     original = Original.of(graph)
     after("find_layers", started)
     started = time.perf_counter()
@@ -97,6 +111,10 @@ def rewrite(
     started = time.perf_counter()
     points = insert_exits(graph, anatomy, branches, config)
     after("insert_exits", started)
+    for finishing in finish:
+        started = time.perf_counter()
+        finishing(graph, anatomy)
+        after(getattr(finishing, "__name__", "finish"), started)
     graph.metadata[RIVER_CONFIG] = config.to_json()
     if config.calibration is not None:
         graph.metadata[CALIBRATION] = str(config.calibration)

@@ -17,10 +17,12 @@ from river_compile.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from river_compile.exporters.tensorrt import EngineOptions
+    from river_compile.exporters.tensorrt_engine import EngineInfo
     from river_compile.passes.anatomy import Layer
     from river_compile.tuning import Tuning
 
-__all__ = ["ExportReport", "Plan", "PlannedLinear", "export", "plan"]
+__all__ = ["ExportReport", "Plan", "PlannedLinear", "build_engine", "export", "plan"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -191,6 +193,34 @@ def _check_calibration(text: str, fingerprint: str) -> None:
         raise ConfigError(
             "calibration", "it was made with another model or river: other weights, or other settings than its tau"
         )
+
+
+def build_engine(
+    model: str | Path | torch.nn.Module,
+    engine: str | Path,
+    config: RiverConfig | None = None,
+    options: EngineOptions | None = None,
+    *,
+    onnx_output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EngineInfo:
+    """Give a decoder an exit river, as a TensorRT engine: `river_compile.exporters.tensorrt.build` for any source.
+
+    Args:
+        model: as for `export`.
+        engine: the engine to write; its side file goes beside it.
+        config: the river's settings; None: `exporters.tensorrt.default_config`.
+
+    Raises: as `exporters.tensorrt.build`.
+    """
+    from river_compile.exporters import tensorrt
+
+    progress = progress or (lambda step, done, total: None)
+    target = Path(engine)
+    with ExitStack() as stack:
+        source, _ = _as_onnx(model, target.parent, stack, progress)
+        kept = Path(onnx_output) if onnx_output is not None else None
+        return tensorrt.build(source, target, config, options, onnx_output=kept, progress=progress)
 
 
 def plan(

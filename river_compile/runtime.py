@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from river_compile.errors import ConfigError, InputError, MissingExtra
 
-__all__ = ["DEVICES", "Generation", "OnnxDecoder", "Step"]
+__all__ = ["DEVICES", "Decoder", "Generation", "OnnxDecoder", "State", "Step"]
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -62,7 +63,99 @@ class Generation:
         return 1 / float(np.median(seconds)) if seconds else float("nan")
 
 
-class OnnxDecoder:
+class Decoder(ABC):
+    """A decoder with a KV cache, whatever runs it: one forward pass at a time, and generation on top of it."""
+
+    @abstractmethod
+    def start(self, batch: int) -> State:
+        """The state before the first token: an empty KV cache for ``batch`` sequences."""
+
+    @abstractmethod
+    def forward(
+        self,
+        ids: np.ndarray,
+        state: State,
+        mask: np.ndarray | None = None,
+        tau: float | None = None,
+        max_depth: int | None = None,
+    ) -> tuple[np.ndarray, int | None]:
+        """Run tokens through the model and move the state on; logits and exit depth."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Generation:
+        """Continue one or more prompts; `stream` with the steps collected.
+
+        Args:
+            prompts: token ids, one list a sequence; shorter ones are padded on the left.
+            temperature: 0 is greedy; otherwise tokens are sampled, from the smallest set of at least ``top_p``.
+            stop_tokens: end a sequence; they are not part of the result.
+            seed: makes sampling repeatable.
+            on_step: is told each step as it is made.
+
+        Raises:
+            ConfigError: an argument has a value it cannot have.
+        """
+        result = Generation([[] for _ in prompts])
+        for step in self.stream(
+            prompts,
+            max_new_tokens,
+            tau=tau,
+            max_depth=max_depth,
+            temperature=temperature,
+            top_p=top_p,
+            stop_tokens=stop_tokens,
+            seed=seed,
+        ):
+            result.steps.append(step)
+            for sequence, token in zip(result.tokens, step.tokens, strict=True):
+                if token is not None and token not in stop_tokens:
+                    sequence.append(token)
+            if on_step is not None:
+                on_step(step)
+        return result
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop_tokens: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> Iterator[Step]:
+        """Yield one step a forward pass until every sequence has stopped. Arguments and errors: see `generate`."""
+        _check_sampling(prompts, max_new_tokens, temperature, top_p)
+        sampler = np.random.default_rng(seed)
+        ids, mask = _pad_left(prompts)
+        state = self.start(len(prompts))
+        stopped = np.zeros(len(prompts), bool)
+        for _ in range(max_new_tokens):
+            started = time.perf_counter()
+            logits, depth = self.forward(ids, state, mask, tau, max_depth)
+            chosen = np.array([_choose(row, temperature, top_p, sampler) for row in logits[:, -1]], np.int64)
+            seconds = time.perf_counter() - started
+            yield Step(tuple(None if done else int(t) for t, done in zip(chosen, stopped, strict=True)), depth, seconds)
+            stopped |= np.isin(chosen, list(stop_tokens))
+            if stopped.all():
+                return
+            ids, mask = chosen[:, None], np.ones((len(prompts), 1), np.int64)
+
+
+class OnnxDecoder(Decoder):
     """A decoder with a KV cache in its signature, in ONNX Runtime.
 
     The KV cache stays where the model wrote it: each pass's present is bound as the next one's past, on the device.
@@ -180,79 +273,6 @@ class OnnxDecoder:
         state.caches = {past: outputs[present] for past, present in self.caches}
         depth = int(outputs[_EXIT_DEPTH].numpy()) if _EXIT_DEPTH in outputs else None
         return outputs["logits"].numpy().astype(np.float32, copy=False), depth
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        *,
-        tau: float | None = None,
-        max_depth: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        seed: int | None = None,
-        on_step: Callable[[Step], None] | None = None,
-    ) -> Generation:
-        """Continue one or more prompts; `stream` with the steps collected.
-
-        Args:
-            prompts: token ids, one list a sequence; shorter ones are padded on the left.
-            temperature: 0 is greedy; otherwise tokens are sampled, from the smallest set of at least ``top_p``.
-            stop_tokens: end a sequence; they are not part of the result.
-            seed: makes sampling repeatable.
-            on_step: is told each step as it is made.
-
-        Raises:
-            ConfigError: an argument has a value it cannot have.
-        """
-        result = Generation([[] for _ in prompts])
-        for step in self.stream(
-            prompts,
-            max_new_tokens,
-            tau=tau,
-            max_depth=max_depth,
-            temperature=temperature,
-            top_p=top_p,
-            stop_tokens=stop_tokens,
-            seed=seed,
-        ):
-            result.steps.append(step)
-            for sequence, token in zip(result.tokens, step.tokens, strict=True):
-                if token is not None and token not in stop_tokens:
-                    sequence.append(token)
-            if on_step is not None:
-                on_step(step)
-        return result
-
-    def stream(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 64,
-        *,
-        tau: float | None = None,
-        max_depth: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        stop_tokens: Sequence[int] = (),
-        seed: int | None = None,
-    ) -> Iterator[Step]:
-        """Yield one step a forward pass until every sequence has stopped. Arguments and errors: see `generate`."""
-        _check_sampling(prompts, max_new_tokens, temperature, top_p)
-        sampler = np.random.default_rng(seed)
-        ids, mask = _pad_left(prompts)
-        state = self.start(len(prompts))
-        stopped = np.zeros(len(prompts), bool)
-        for _ in range(max_new_tokens):
-            started = time.perf_counter()
-            logits, depth = self.forward(ids, state, mask, tau, max_depth)
-            chosen = np.array([_choose(row, temperature, top_p, sampler) for row in logits[:, -1]], np.int64)
-            seconds = time.perf_counter() - started
-            yield Step(tuple(None if done else int(t) for t, done in zip(chosen, stopped, strict=True)), depth, seconds)
-            stopped |= np.isin(chosen, list(stop_tokens))
-            if stopped.all():
-                return
-            ids, mask = chosen[:, None], np.ones((len(prompts), 1), np.int64)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from river_compile.errors import ConfigError
 from river_compile.passes.anatomy import CacheSlot, Layer
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, toposorted
+from river_compile.passes.onnx.static_cache import KV_CACHE
 from river_compile.passes.onnx.twin import outer
 
 __all__ = ["EXIT_DEPTH", "TAU", "TAU_OFFSETS", "exit_points", "insert_exits"]
@@ -115,10 +116,12 @@ def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: River
 
 
 def _grows(graph: OnnxGraph, caches: Sequence[CacheSlot]) -> bool:
-    """Whether the cache is as long as the tokens seen, so that the mask ends with the current ones."""
+    """Whether the mask is as long as the tokens seen, so that it ends with the current ones: the cache is as long, or
+    `static_cache` has made it longer and left the mask."""
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.inputs}
     shapes |= {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.outputs}
-    return bool(caches) and shapes[caches[0].past] != shapes[caches[0].present]
+    grows = bool(caches) and shapes[caches[0].past] != shapes[caches[0].present]
+    return grows or graph.metadata.get(KV_CACHE) == "static"
 
 
 class _Chain:

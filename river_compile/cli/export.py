@@ -13,6 +13,7 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.cli.engine import build, engine_options, river_defaults
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
 
@@ -148,6 +149,7 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     default=None,
     help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
 )
+@engine_options
 @click.option("--dry-run", is_flag=True, help="Show the decoder's anatomy and the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
@@ -175,6 +177,15 @@ def main(
     sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
+    target: str,
+    engine: Path | None,
+    max_batch: int,
+    max_length: int,
+    dtype: str | None,
+    kv_cache: str,
+    runtime: str,
+    compute_capabilities: tuple[str, ...],
+    weightless: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -206,6 +217,26 @@ def main(
         raise ConfigError("avg_bits" if max_kl is None else "max_kl", "a dry run measures nothing that could be spent")
     from river_compile.api import export, plan
 
+    if target == "tensorrt":
+        if tokenizer or tuning_texts or avg_bits is not None or max_kl is not None or sensitivity:
+            raise ConfigError("target", "an engine's river is made without tuning texts; tuning options do not apply")
+        config = river_defaults(click.get_current_context(), config)
+        if not dry_run:
+            from river_compile.exporters.tensorrt import EngineOptions
+
+            options = EngineOptions(
+                max_batch=max_batch,
+                max_length=max_length,
+                dtype=dtype,
+                kv_cache=kv_cache,
+                runtime=runtime,
+                compute_capabilities=compute_capabilities,
+                weightless=weightless,
+            )
+            build(model, engine, output, config, options, quiet=quiet, as_json=as_json)
+            return
+    elif engine is not None:
+        raise ConfigError("engine", "is written with --target tensorrt only")
     console = Console(quiet=quiet, highlight=False)
     with progress_bars(quiet or as_json) as progress:
         if dry_run:
