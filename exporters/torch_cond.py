@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from river_compile.config import RiverConfig
-from river_compile.errors import InputError
+from river_compile.errors import ConfigError, InputError
 from river_compile.exporters import hf
 from river_compile.exporters.torch_linear import GraphWeights, Store
 from river_compile.passes.anatomy import Anatomy
@@ -219,8 +219,12 @@ def export_with_cond(model: nn.Module, path: Path, config: RiverConfig, chosen: 
     and ``river.exit_depth`` as an output.
 
     Raises:
+        ConfigError: the config has thresholds by layer, or a calibration, which this way out does not carry.
         RiverError: it is no decoder that can be rewritten, or torch cannot export it.
     """
+    for name, value in (("tau_offsets", config.tau_offsets), ("calibration", config.calibration)):
+        if value is not None:
+            raise ConfigError(name, "torch.cond carries one threshold and no evidence; export by graph surgery instead")
     example = _example(model)
     decoder = hf._Decoder(model, with_positions=example.with_positions)
     try:

@@ -30,6 +30,7 @@ class Controls(Protocol):
     """What can be changed while a compiled model runs, and what it counts."""
 
     tau: float
+    tau_offsets: tuple[float, ...] | None
     max_depth: int | None
     decode_depths: Counter[int]
     prefill_depths: Counter[int]
@@ -170,6 +171,7 @@ class Dispatcher:
     def _run_layers(self, values: list[Any]) -> int:
         """Run the layers; how many of them ran on the backbone."""
         tau, limit = self._controls.tau, self._controls.max_depth
+        offsets = self._controls.tau_offsets
         limit = len(self._layers) if limit is None else limit
         depth = 0
         exited = limit == 0
@@ -182,7 +184,7 @@ class Dispatcher:
             _run(layer.backbone, values)
             depth += 1
             if layer.similarity is not None and not exited:
-                exited = values[layer.similarity].item() > tau
+                exited = values[layer.similarity].item() > tau + (offsets[index] if offsets else 0.0)
         return depth
 
     def _refresh(self, layer: _Layer, values: list[Any]) -> None:

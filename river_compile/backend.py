@@ -51,6 +51,7 @@ class RiverBackend:
     ) -> None:
         self.config = config or RiverConfig()
         self.tau: float = self.config.tau
+        self.tau_offsets: tuple[float, ...] | None = self.config.tau_offsets
         self.max_depth: int | None = self.config.max_depth
         self.decode_depths: Counter[int] = Counter()
         self.prefill_depths: Counter[int] = Counter()
@@ -112,6 +113,7 @@ class RiverBackend:
         graph, parameters = self._import(module, inputs)
         anatomy = find_layers(graph)
         verify(graph, anatomy, ["find_layers"])
+        self._check(len(anatomy.layers))
         device, decode, rows = _place_of_work(graph, anatomy)
         lowering = self._lowering or lowering_for(device)
         weights = GraphWeights(self._store, parameters, lowering, quantizer(self.config.quantizer))
@@ -134,6 +136,14 @@ class RiverBackend:
                 self._replaced[parameters[linear.weight]] = None
         self._notes |= dict.fromkeys(grown.notes)
         return dispatcher
+
+    def _check(self, layers: int) -> None:
+        if self.config.kv_policy != "share":
+            raise ConfigError(
+                "kv_policy", f"this backend shares its KV cache; {self.config.kv_policy!r} is to compare with"
+            )
+        if self.tau_offsets and len(self.tau_offsets) != layers:
+            raise ConfigError("tau_offsets", f"{len(self.tau_offsets)} numbers for a stack of {layers} layers")
 
     def _import(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FxGraph, Mapping[str, torch.Tensor]]:
         """The graph, and its parameters by name. No other input is kept: the caches would stay alive."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,26 @@ def test_min_depth_and_exit_every_say_where_a_token_may_exit() -> None:
     compiled, backend = quick(model, tau=-1.0, exit_every=3)
     play(model, compiled, prompt(1, 3), 2, "dynamic")
     assert backend.stats().decode_depths == {3: 2}
+
+
+def test_layers_can_have_thresholds_of_their_own_and_a_calibration_sets_them() -> None:
+    model = random_model("llama")
+    offsets = (3.0, 3.0, 0.0, 0.0)
+    evidence = json.dumps({"tau": -1.0, "min_depth": 1, "tau_offsets": offsets})
+    for options in ({"tau": -1.0, "tau_offsets": offsets}, {"calibration": evidence}):
+        torch.compiler.reset()
+        compiled, backend = quick(model, **options)
+        play(model, compiled, prompt(1, 3), 2, "dynamic")
+        assert backend.stats().decode_depths == {3: 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "field"), [({"tau_offsets": (0.0,)}, "tau_offsets"), ({"kv_policy": "mask"}, "kv_policy")]
+)
+def test_what_does_not_fit_the_model_or_the_backend_is_one_clear_error(options: dict[str, Any], field: str) -> None:
+    compiled, _ = quick(random_model("llama"), **options)
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        play(compiled._orig_mod, compiled, prompt(1, 3), 0, "dynamic")
 
 
 def test_a_kept_layer_runs_on_the_backbone_after_the_exit() -> None:
