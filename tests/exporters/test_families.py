@@ -35,6 +35,7 @@ def test_each_depth_equals_the_plain_model_with_dequantized_weights(
             assert outputs["river.exit_depth"] == depth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", NOT_EXPORTED)
 def test_what_torch_cannot_export_is_one_clear_line(family: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="torch cannot export the model to ONNX: ") as caught:

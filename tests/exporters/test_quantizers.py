@@ -55,7 +55,9 @@ def test_values_lie_on_a_grid_of_so_many_bits(name: str, bits: int) -> None:
     assert found.scales.shape == found.zero_points.shape == (OUTPUTS, INPUTS // GROUP)
     assert found.values.dtype == found.zero_points.dtype == np.uint8
     assert max(found.values.max(), found.zero_points.max()) < 2**bits
-    assert (found.scales > 0).all()
+    # onnxruntime's symmetric grid points its longer half, which may be the negative one, at the largest weight.
+    assert (found.scales > 0).all() or name == "rtn-symmetric"
+    assert (found.scales != 0).all()
     error = _output_error(_activations(), _weight(), found)
     assert error < (0.15 if bits == 4 else 0.012)
 
