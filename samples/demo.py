@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -103,9 +104,9 @@ def exported(cache: Path) -> tuple[Path, Path, Path]:
 
 
 def variants(plain: Path, river: Path, w4a16: Path) -> list[Variant]:
-    with_river, with_float = OnnxDecoder(river), OnnxDecoder(w4a16)
+    backbone, with_river, with_float = OnnxDecoder(plain), OnnxDecoder(river), OnnxDecoder(w4a16)
     return [
-        Variant("backbone (plain model)", OnnxDecoder(plain)),
+        Variant("backbone (plain model)", backbone),
         Variant("river, exits off", with_river, tau=2.0),
         *(Variant(f"river, tau {tau}", with_river, tau=tau) for tau in TAUS),
         Variant("river, exit depth 4", with_river, tau=2.0, max_depth=4),
@@ -197,10 +198,12 @@ def main() -> None:
     )
     prompt = tokenizer(chat)["input_ids"]
     passage = tokenizer(PASSAGE)["input_ids"]
+    shuffle = random.Random(0)
     rows = variants(plain, river, w4a16)
     with timed(f"Generating {arguments.rounds} times {NEW_TOKENS} tokens with each of {len(rows)}, interleaved"):
         for _ in range(arguments.rounds + 1):
-            for row in rows:
+            # In a new order each round, since what ran just before leaves its mark on the memory.
+            for row in shuffle.sample(rows, len(rows)):
                 row.generate(prompt)
     with timed(f"Reading a passage of {len(passage)} tokens with each"):
         expected = rows[0].teacher_forced(passage)

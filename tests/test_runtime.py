@@ -79,6 +79,14 @@ def test_contrib_attention_runs_as_well(tmp_path: Path) -> None:
     assert OnnxDecoder(river).generate([PROMPT], 6).tokens == OnnxDecoder(original).generate([PROMPT], 6).tokens
 
 
+def test_bound_caches_give_the_same_as_direct_ones(decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of other devices, on this one."""
+    expected = decoder.generate([PROMPT, [7]], 8, max_depth=2)
+    monkeypatch.setattr(decoder, "_run_direct", decoder._run_bound)
+    found = decoder.generate([PROMPT, [7]], 8, max_depth=2)
+    assert (found.tokens, found.exit_depths) == (expected.tokens, expected.exit_depths)
+
+
 def test_tau_and_depth_hold_for_one_call(decoder: OnnxDecoder) -> None:
     assert (decoder.has_river, decoder.layers) == (True, LAYERS)
     assert set(decoder.generate([PROMPT], 6, tau=-1.0).exit_depths) == {1}
