@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import sys
 from pathlib import Path
@@ -48,14 +49,18 @@ def smollm2_onnx(folder: Path) -> Path:
     return path
 
 
-def build_engine(model: Path, folder: Path, river: bool) -> Path:
+def build_engine(model: Path, folder: Path, river: bool, keep_first: int) -> Path:
     engine = folder / ("river.engine" if river else "plain.engine")
     options = EngineOptions(max_length=LENGTH, river=river)
-    info = build(model, engine, default_config(tau=2.0), options, onnx_output=engine.with_suffix(".onnx"))
+    config = default_config(tau=2.0, keep_layers=tuple(range(keep_first)))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    info = build(model, engine, config, options, onnx_output=engine.with_suffix(".onnx"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     console.print(
         f"{engine.name}: {info.nbytes / 1e6:.0f} MB, parsed in {info.seconds['parse']:.1f} s, built in "
-        f"{info.seconds['build']:.1f} s, {info.seconds['network_layers']:.0f} TensorRT layers, "
-        f"{info.runtime} {info.version}"
+        f"{info.seconds['build']:.1f} s, builder process {cpu:.1f} CPU s, "
+        f"{info.seconds['network_layers']:.0f} TensorRT layers, {info.runtime} {info.version}"
     )
     return engine
 
@@ -140,11 +145,12 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="?", help="a decoder as ONNX (default: SmolLM2-135M)")
     parser.add_argument("--output", type=Path, default=Path(".cache/tensorrt"), help="folder for the engines")
     parser.add_argument("--build-only", action="store_true", help="build, and do not run: needs no GPU")
+    parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="the first N layers get no twin")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         model = arguments.model or smollm2_onnx(arguments.output)
-        plain, river = (build_engine(model, arguments.output, with_river) for with_river in (False, True))
+        plain, river = (build_engine(model, arguments.output, r, arguments.keep_first) for r in (False, True))
         if arguments.build_only:
             return 0
         return 0 if run(plain, river) else 1
