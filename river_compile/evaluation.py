@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from river_compile.errors import ConfigError, InputError
+from river_compile.errors import ConfigError
 from river_compile.fidelity import (
     Document,
     Interval,
@@ -29,6 +25,7 @@ from river_compile.fidelity import (
     tokenize,
     vector_cosines,
 )
+from river_compile.readings import Readings
 from river_compile.subjects import BACKBONE, OnnxSubject, Reading, Setting, Subject
 
 __all__ = ["ALL_RIVER", "DEFAULT_TAUS", "Evaluation", "SettingResult", "Speed", "TokenTrace", "evaluate"]
@@ -282,14 +279,13 @@ def _trace(backbone: Reading, river: Reading, ids: np.ndarray) -> TokenTrace:
 
 
 class _Store:
-    """Readings on disk, one file for each model, document and setting; each is there whole or not at all."""
+    """What was compared once, by document and setting."""
 
     def __init__(self, folder: Path | None, subject: Subject) -> None:
-        self._folder = folder
-        self._model = subject.fingerprint() if folder is not None else ""
+        self._kept = Readings(folder, f"evaluation {_FORMAT} {subject.fingerprint()}" if folder is not None else "")
 
     def load(self, piece: TokenizedDocument, setting: Setting) -> TokenTrace | None:
-        found = self._load(piece, repr(setting))
+        found = self._kept.load(piece.ids, setting)
         if found is None:
             return None
         measures = TokenFidelity(*(found[name] for name in ("top1", "top5", "kl", "nll_backbone", "nll")))
@@ -299,45 +295,14 @@ class _Store:
         arrays = vars(trace.fidelity) | {
             name: getattr(trace, name) for name in ("depths", "key_cosine", "value_cosine")
         }
-        self._save(piece, repr(setting), arrays)
+        self._kept.save(piece.ids, setting, arrays)
 
     def load_similarities(self, piece: TokenizedDocument) -> np.ndarray | None:
-        found = self._load(piece, "similarities")
+        found = self._kept.load(piece.ids, "similarities")
         return None if found is None else found["similarities"]
 
     def save_similarities(self, piece: TokenizedDocument, values: np.ndarray) -> None:
-        self._save(piece, "similarities", {"similarities": values})
-
-    def _path(self, piece: TokenizedDocument, what: str) -> Path | None:
-        if self._folder is None:
-            return None
-        key = hashlib.sha256(b"\0".join([_FORMAT.encode(), self._model.encode(), what.encode(), piece.ids.tobytes()]))
-        return self._folder / f"{key.hexdigest()[:32]}.npz"
-
-    def _load(self, piece: TokenizedDocument, what: str) -> dict[str, np.ndarray] | None:
-        path = self._path(piece, what)
-        if path is None or not path.exists():
-            return None
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError):
-            return None
-
-    def _save(self, piece: TokenizedDocument, what: str, arrays: dict[str, np.ndarray]) -> None:
-        path = self._path(piece, what)
-        if path is None:
-            return
-        buffer = io.BytesIO()
-        stored: dict[str, Any] = {name: np.asarray(value) for name, value in arrays.items()}
-        np.savez_compressed(buffer, **stored)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_bytes(buffer.getvalue())
-            part.replace(path)
-        except OSError as error:
-            raise InputError(f"{path.parent}: cannot keep readings there: {error.strerror or error}") from error
+        self._kept.save(piece.ids, "similarities", {"similarities": values})
 
 
 def _speeds(
