@@ -128,11 +128,9 @@ def int4_cpu_product(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    if len(operands) == 1:
-        return functional.linear(activation, operands[0], bias)
-    rows = activation.reshape(-1, activation.shape[-1]).to(torch.bfloat16).contiguous()
-    result = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, operands[0], group_size, operands[1])
-    return _finish(result, activation, outputs, bits, bias)
+    return _int4_product(
+        torch.ops.aten._weight_int4pack_mm_for_cpu, activation, operands, outputs, bits, group_size, bias
+    )
 
 
 class Int4Cuda:
@@ -168,11 +166,22 @@ def int4_cuda_product(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    return _int4_product(torch.ops.aten._weight_int4pack_mm, activation, operands, outputs, bits, group_size, bias)
+
+
+def _int4_product(
+    kernel: Callable[..., torch.Tensor],
+    activation: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    outputs: int,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     if len(operands) == 1:
         return functional.linear(activation, operands[0], bias)
     rows = activation.reshape(-1, activation.shape[-1]).to(torch.bfloat16).contiguous()
-    result = torch.ops.aten._weight_int4pack_mm(rows, operands[0], group_size, operands[1])
-    return _finish(result, activation, outputs, bits, bias)
+    return _finish(kernel(rows, operands[0], group_size, operands[1]), activation, outputs, bits, bias)
 
 
 def _planes(weight: QuantizedWeight, row_multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
