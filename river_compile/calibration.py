@@ -18,9 +18,9 @@ from river_compile.fidelity import (
     Document,
     TextTokenizer,
     TokenizedDocument,
+    chosen_texts,
     compare,
-    load_texts,
-    shipped_texts,
+    spread,
     tokenize,
 )
 from river_compile.readings import Readings
@@ -301,18 +301,12 @@ def _documents(
         raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
     if max_documents is not None and max_documents < 1:
         raise ConfigError("max_documents", f"must be 1 or more, not {max_documents}")
-    if texts is None:
-        documents = shipped_texts("calibration")
-    else:
-        documents = [text for text in texts if isinstance(text, Document)]
-        documents = documents or load_texts(text for text in texts if not isinstance(text, Document))
-    whole = tokenize(documents, tokenizer, vocabulary)
+    whole = tokenize(chosen_texts(texts, "calibration"), tokenizer, vocabulary)
     short = next((document for document in whole if len(document.ids) <= prompt_tokens), None)
     if short is not None:
         raise InputError(f"{short.id}: {len(short.ids)} tokens are no more than the prompt's {prompt_tokens}")
-    if max_documents is not None and max_documents < len(whole):
-        whole = [whole[index] for index in np.linspace(0, len(whole) - 1, max_documents).round().astype(int)]
-    return [TokenizedDocument(document.id, document.kind, document.ids[:max_tokens]) for document in whole]
+    chosen = spread(whole, max_documents)
+    return [TokenizedDocument(document.id, document.kind, document.ids[:max_tokens]) for document in chosen]
 
 
 def _split(documents: list[TokenizedDocument]) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:

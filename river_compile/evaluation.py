@@ -18,10 +18,10 @@ from river_compile.fidelity import (
     TokenFidelity,
     TokenizedDocument,
     bootstrap,
+    chosen_texts,
     compare,
-    load_texts,
     pearson,
-    shipped_texts,
+    spread,
     tokenize,
     vector_cosines,
 )
@@ -188,8 +188,8 @@ def evaluate(
     subject = OnnxSubject(model, threads) if isinstance(model, (str, Path)) else model
     if any(depth > subject.layers for depth in depths):
         raise ConfigError("depths", f"{max(depths)} is more than the model's {subject.layers} layers")
-    pieces = tokenize(_documents(texts), tokenizer, subject.vocabulary, max_tokens)
-    pieces = _spread(pieces, max_documents)
+    pieces = tokenize(chosen_texts(texts, "heldout"), tokenizer, subject.vocabulary, max_tokens)
+    pieces = spread(pieces, max_documents)
     traces, similarities = _read_all(subject, pieces, settings, _Store(cache, subject), progress)
     speeds = _speeds(subject, pieces, settings, speed_rounds, progress)
     rows = [
@@ -223,21 +223,6 @@ def _settings(taus: Sequence[float], depths: Sequence[int]) -> list[Setting]:
     if not settings:
         raise ConfigError("taus", "name at least one threshold or depth")
     return settings
-
-
-def _documents(texts: Sequence[str | Path] | Sequence[Document] | None) -> list[Document]:
-    if texts is None:
-        return shipped_texts("heldout")
-    documents = [text for text in texts if isinstance(text, Document)]
-    return documents or load_texts(text for text in texts if not isinstance(text, Document))
-
-
-def _spread(pieces: list[TokenizedDocument], count: int | None) -> list[TokenizedDocument]:
-    if count is None or count >= len(pieces):
-        return pieces
-    if count < 1:
-        raise ConfigError("max_documents", f"must be 1 or more, not {count}")
-    return [pieces[index] for index in np.linspace(0, len(pieces) - 1, count).round().astype(int)]
 
 
 def _read_all(

@@ -26,11 +26,13 @@ __all__ = [
     "TokenFidelity",
     "TokenizedDocument",
     "bootstrap",
+    "chosen_texts",
     "compare",
     "load_texts",
     "load_tokenizer",
     "pearson",
     "shipped_texts",
+    "spread",
     "tokenize",
     "vector_cosines",
 ]
@@ -145,6 +147,30 @@ def _jsonl(path: Path) -> list[Document]:
     if not documents:
         raise InputError(f"{path}: the file is empty")
     return documents
+
+
+def chosen_texts(texts: Sequence[str | Path] | Sequence[Document] | None, split: str) -> list[Document]:
+    """What a caller names as texts, documents or files of them; None: the shipped texts of a split.
+
+    Raises: as `load_texts`.
+    """
+    if texts is None:
+        return shipped_texts(split)
+    documents = [text for text in texts if isinstance(text, Document)]
+    return documents or load_texts(text for text in texts if not isinstance(text, Document))
+
+
+def spread(documents: list[TokenizedDocument], count: int | None) -> list[TokenizedDocument]:
+    """``count`` of the documents, evenly from the first to the last; all if None.
+
+    Raises:
+        ConfigError: the count is less than 1.
+    """
+    if count is None or count >= len(documents):
+        return documents
+    if count < 1:
+        raise ConfigError("max_documents", f"must be 1 or more, not {count}")
+    return [documents[index] for index in np.linspace(0, len(documents) - 1, count).round().astype(int)]
 
 
 def shipped_texts(split: str, kinds: Sequence[str] = KINDS) -> list[Document]:

@@ -19,9 +19,9 @@ from river_compile.fidelity import (
     TextTokenizer,
     TokenizedDocument,
     bootstrap,
+    chosen_texts,
     compare,
-    load_texts,
-    shipped_texts,
+    spread,
     tokenize,
 )
 from river_compile.readings import Readings
@@ -145,7 +145,7 @@ def compare_policies(
     documents = _documents(texts, tokenizer, decoder.vocabulary, prompt_tokens, max_tokens, max_documents)
     kept = Readings(cache, f"policies 1 {decoder.fingerprint()} {prompt_tokens}")
     readings = _read_all(decoder, documents, settings, prompt_tokens, kept, progress)
-    timed = _spread(documents, _TIMED_DOCUMENTS)
+    timed = spread(documents, _TIMED_DOCUMENTS)
     seconds = _time_all(decoder, timed, settings, prompt_tokens, rounds, progress)
     base = seconds.get(_BACKBONE)
     return Comparison(
@@ -185,24 +185,11 @@ def _documents(
         raise ConfigError("prompt_tokens", f"must be 1 or more, not {prompt_tokens}")
     if max_tokens <= prompt_tokens:
         raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
-    if texts is None:
-        documents = shipped_texts("heldout")
-    else:
-        documents = [text for text in texts if isinstance(text, Document)]
-        documents = documents or load_texts(text for text in texts if not isinstance(text, Document))
-    whole = tokenize(documents, tokenizer, vocabulary)
+    whole = tokenize(chosen_texts(texts, "heldout"), tokenizer, vocabulary)
     cut = [TokenizedDocument(d.id, d.kind, d.ids[:max_tokens]) for d in whole if len(d.ids) > prompt_tokens]
     if not cut:
         raise InputError(f"no text has more tokens than the prompt's {prompt_tokens}")
-    return _spread(cut, max_documents)
-
-
-def _spread(documents: list[TokenizedDocument], count: int | None) -> list[TokenizedDocument]:
-    if count is None or count >= len(documents):
-        return documents
-    if count < 1:
-        raise ConfigError("max_documents", f"must be 1 or more, not {count}")
-    return [documents[index] for index in np.linspace(0, len(documents) - 1, count).round().astype(int)]
+    return spread(cut, max_documents)
 
 
 def _decode(
