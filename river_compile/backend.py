@@ -17,6 +17,7 @@ from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters import torch_generate, torch_seam
 from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch_linear import GraphWeights, Lowering, Store, lowering_for, quantizer
+from river_compile.exporters.torch_single_row import lower_single_rows
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
@@ -125,6 +126,9 @@ class RiverBackend:
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
         points = insert_exits(graph, anatomy, plan, self.config)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
+        if device.type == "cpu" and rows == 1:
+            for piece in (*plan.pieces, *(twin.river for twin in plan.twins.values())):
+                lower_single_rows(piece, list(parameters))
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._graphs)
         dispatcher = Dispatcher(graph, anatomy, plan, points, weights, self, self._artifacts)
