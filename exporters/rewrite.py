@@ -18,6 +18,7 @@ from river_compile.passes.onnx.find_layers import Anatomy, find_layers
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
 from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
 from river_compile.passes.onnx.insert_exits import exit_points, insert_exits
+from river_compile.passes.onnx.share_head import share_head
 from river_compile.passes.onnx.share_kv import share_kv
 from river_compile.passes.onnx.unfuse_skip_norms import unfuse_skip_norms
 from river_compile.passes.onnx.verify import Original, verify
@@ -111,6 +112,10 @@ def rewrite(
     started = time.perf_counter()
     points = insert_exits(graph, anatomy, branches, config)
     after("insert_exits", started)
+    if river.head_twin is not None:
+        started = time.perf_counter()
+        share_head(graph, river, branches)
+        after("share_head", started)
     for finishing in finish:
         started = time.perf_counter()
         finishing(graph, anatomy)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from river_compile.config import RiverConfig
 from river_compile.exporters import onnx_file
@@ -22,12 +23,13 @@ __all__ = ["SwappableLinear", "SwappableModel"]
 
 @dataclass(frozen=True)
 class SwappableLinear:
-    """A linear layer: qualified name, decoder layer, number of weights."""
+    """A linear layer: qualified name, decoder layer, number of weights, and the name of the weight to exchange."""
 
     name: str
     layer: int
     weights: int
     planned: RiverLinear
+    weight: str
 
 
 class SwappableModel:
@@ -56,20 +58,24 @@ class SwappableModel:
         keep: bool = False,
     ) -> None:
         self._graph, anatomy = dissect(onnx_file.load(path), path.parent)
-        planned = [linear for linear in plan_river(self._graph, anatomy, config).linears if linear.group_size]
-        self.linears = [
-            SwappableLinear(linear.name, linear.layer, linear.source.inputs * linear.source.outputs, linear)
+        planned = plan_river(self._graph, anatomy, config).quantized
+        model = onnx_file.load(path)
+        swappable = [
+            SwappableLinear(
+                linear.name, linear.layer, linear.source.inputs * linear.source.outputs, linear, _untied(model, linear)
+            )
             for linear in planned
         ]
+        self.linears = [linear for linear in swappable if linear.layer < len(anatomy.layers)]
+        self.head = next((linear for linear in swappable if linear.layer == len(anatomy.layers)), None)
         self._quantized: dict[tuple[str, int], dict[str, np.ndarray]] | None = {} if keep else None
         self._quantizer = quantizer(config.quantizer)
         self.quantizer = self._quantizer.name
         aware = isinstance(self._quantizer, ActivationAware)
         self._moments = Moments(path, planned, ids, progress) if aware else None
         self.float_bits = max(linear.source.float_bits for linear in planned)
-        model = onnx_file.load(path)
         slots = [slot.present for layer in anatomy.layers for slot in layer.caches] if with_cache else []
-        self._probe = Probe(model, path.parent, ["logits", *slots], {linear.weight for linear in planned})
+        self._probe = Probe(model, path.parent, ["logits", *slots], {linear.weight for linear in swappable})
 
     def quantized(self, linear: SwappableLinear, bits: int) -> dict[str, np.ndarray]:
         """The weight as the quantizer would have it, dequantized, by its name in the model."""
@@ -80,7 +86,7 @@ class SwappableModel:
         weight = quantize(source, source.matrix(self._graph), bits, group_size, self._quantizer, self._moments)
         values = weight.dequantize()
         values = np.ascontiguousarray(values.T if source.transposed else values)
-        found = {source.weight.name: values.astype(float_type(source.weight))}
+        found = {linear.weight: values.astype(float_type(source.weight))}
         if self._quantized is not None:
             self._quantized[linear.name, bits] = found
         return found
@@ -99,3 +105,21 @@ class SwappableModel:
         layer (the key, then the value) a float array [heads, tokens, width]."""
         found = self._probe.read(ids, weights or {})
         return found.pop("logits")[0].astype(np.float32), [slot[0] for slot in found.values()]
+
+
+def _untied(model: onnx.ModelProto, linear: RiverLinear) -> str:
+    """The name of a linear layer's weight; if others than linear layers read it (embeddings tied to the LM head), of a
+    copy of its own that the layer is given in the model."""
+    weight, source = linear.weight, linear.source
+    producers = {name: node for node in model.graph.node for name in node.output}
+    readers = [node for node in model.graph.node if weight in node.input]
+    if all(node.op_type in ("MatMul", "Gemm", "Transpose", "Cast", "Identity") for node in readers):
+        return weight
+    node, place = producers[source.node.outputs[0].name], 1
+    while node.input[place] != weight:
+        node, place = producers[node.input[place]], 0
+    node.input[place] = f"{weight}.untied"
+    copy = model.graph.initializer.add()
+    copy.CopyFrom(next(tensor for tensor in model.graph.initializer if tensor.name == weight))
+    copy.name = node.input[place]
+    return copy.name

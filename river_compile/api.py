@@ -148,7 +148,7 @@ def export(
             ids = tuning.ids(proto)
             config = tuning.applied(source, ids, config, progress)
             if isinstance(chosen, ActivationAware):
-                linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].linears
+                linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].quantized
                 moments = Moments(source, linears, ids, lambda done, total: progress("read tuning texts", done, total))
         result = rewrite.rewrite(
             proto,
@@ -259,7 +259,7 @@ def plan(
         PlannedLinear(
             linear.name, linear.layer, linear.source.inputs, linear.source.outputs, linear.bits, linear.group_size
         )
-        for linear in river.linears
+        for linear in [*river.linears, *river.quantized[len(river.linears) :]]
     )
     return Plan(report, anatomy.layers, linears)
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.config import RiverConfig
+from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters import torch_generate, torch_seam
 from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
@@ -146,6 +146,8 @@ class RiverBackend:
             raise ConfigError(
                 "kv_policy", f"this backend shares its KV cache; {self.config.kv_policy!r} is to compare with"
             )
+        if self.config.head_bits != FLOAT:
+            raise ConfigError("head_bits", "this backend leaves the LM head in the model's float type")
         if self.tau_offsets and len(self.tau_offsets) != layers:
             raise ConfigError("tau_offsets", f"{len(self.tau_offsets)} numbers for a stack of {layers} layers")
 

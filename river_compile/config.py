@@ -46,6 +46,8 @@ class RiverConfig:
         bits_for: ``(pattern, bits)`` pairs, the first match wins over ``bits``; a pattern is a shell glob on a linear
             layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``); "float"
             leaves the weight as it is.
+        head_bits: bits of the LM head that a token takes after its exit; "float": it takes the backbone's (paper,
+            section 3). Exported models only.
         group_size: input channels that share one scale and zero point.
         activations: what a river product computes with on a CPU: "int8" quantizes activations on the fly, a small loss
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
@@ -70,6 +72,7 @@ class RiverConfig:
     keep_layers: tuple[int, ...] = ()
     bits: int = 4
     bits_for: tuple[tuple[str, int | Literal["float"]], ...] = ()
+    head_bits: int | Literal["float"] = FLOAT
     group_size: int = 32
     activations: str = "int8"
     quantizer: str = "rtn"
@@ -88,11 +91,7 @@ class RiverConfig:
         if self.calibration is not None:
             self._take_calibration()
         self._check_numbers()
-        if self.bits not in BITS:
-            raise ConfigError("bits", f"must be one of {BITS}, not {self.bits!r}")
-        for pattern, bits in self.bits_for:
-            if bits not in (*BITS, FLOAT):
-                raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS} or {FLOAT!r}")
+        self._check_bits()
         if self.group_size not in GROUP_SIZES:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
         if self.activations not in ACTIVATIONS:
@@ -132,6 +131,15 @@ class RiverConfig:
                 raise ConfigError("calibration", f"it sets {name}; give one of the two")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "calibration", json.dumps(found, sort_keys=True))
+
+    def _check_bits(self) -> None:
+        if self.bits not in BITS:
+            raise ConfigError("bits", f"must be one of {BITS}, not {self.bits!r}")
+        for pattern, bits in self.bits_for:
+            if bits not in (*BITS, FLOAT):
+                raise ConfigError("bits_for", f"{pattern}={bits!r}: bits must be one of {BITS} or {FLOAT!r}")
+        if self.head_bits not in (*BITS, FLOAT):
+            raise ConfigError("head_bits", f"must be one of {BITS} or {FLOAT!r}, not {self.head_bits!r}")
 
     def _check_numbers(self) -> None:
         if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool) or not math.isfinite(self.tau):

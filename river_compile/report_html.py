@@ -246,6 +246,7 @@ def _sensitivity_note(sensitivity: Sensitivity | None) -> str:
         f"{sensitivity.bits} bits by {html.escape(sensitivity.quantizer)}, on {sensitivity.tokens} tokens of tuning "
         "text; summed over the linear layers of a decoder layer, and over all decoder layers by kind. "
         f"All together cost {sensitivity.together:.3f}."
+        + (f" The LM head would cost {sensitivity.head.kl:.4f}." if sensitivity.head is not None else "")
     )
 
 

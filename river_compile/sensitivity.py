@@ -48,6 +48,7 @@ class Sensitivity:
         tokens: tokens that they were measured on.
         together: KL with all of them quantized at once.
         linears: in order.
+        head: the LM head, beyond all of them; None where the model has none that can be quantized.
     """
 
     quantizer: str
@@ -57,6 +58,7 @@ class Sensitivity:
     tokens: int
     together: float
     linears: tuple[LinearCost, ...]
+    head: LinearCost | None = None
 
     @property
     def by_layer(self) -> dict[int, float]:
@@ -92,7 +94,9 @@ class Sensitivity:
         """Raises InputError where the file is none of `to_json`."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**fields | {"linears": tuple(LinearCost(**linear) for linear in fields["linears"])})
+            fields["linears"] = tuple(LinearCost(**linear) for linear in fields["linears"])
+            fields["head"] = LinearCost(**fields["head"]) if fields["head"] else None
+            return cls(**fields)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: no sensitivity file: {' '.join(str(error).split())[:200]}") from error
 
@@ -102,8 +106,10 @@ def choose_bits(
 ) -> dict[str, Bits]:
     """For each linear layer 4 bits, 8 bits or its float type, by greatest KL saved for a bit spent, until the budget.
 
-    Costs are taken to add up, scaled so that their sum is the measured cost of all together; 8 bits are taken to cost
-    1/256 of 4. What a plan really costs is for the caller to measure.
+    A budget of fidelity plans the LM head like the others, by its name; a budget of bits is the decoder layers' alone,
+    and says nothing of the head. Costs are taken to add up, those of the layers scaled so that their sum is the
+    measured cost of all together; 8 bits are taken to cost 1/256 of 4. What a plan really costs is for the caller to
+    measure.
 
     Args:
         avg_bits: mean bits of a river weight, scales and zero points not counted.
@@ -114,35 +120,36 @@ def choose_bits(
     """
     if (avg_bits is None) == (max_kl is None):
         raise ConfigError("avg_bits", "give either avg_bits or max_kl")
-    total = sum(linear.weights for linear in sensitivity.linears)
-    if avg_bits is not None and avg_bits < _LADDER[0]:  # type: ignore[operator]
-        raise ConfigError("avg_bits", f"must be 4 or more, not {avg_bits}")
-    if max_kl is not None and max_kl <= 0:
-        raise ConfigError("max_kl", f"must be above 0, not {max_kl}")
-    scale = sensitivity.together / max(sum(linear.kl for linear in sensitivity.linears), 1e-30)
-    chosen: dict[str, Bits] = {linear.name: _LADDER[0] for linear in sensitivity.linears}
-    steps = [_step(index, linear, 0, sensitivity, scale) for index, linear in enumerate(sensitivity.linears)]
+    planned = list(sensitivity.linears)
+    total = sum(linear.weights for linear in planned)
+    scale = sensitivity.together / max(sum(linear.kl for linear in planned), 1e-30)
+    costs = [linear.kl * scale for linear in planned]
+    if max_kl is not None and sensitivity.head is not None:
+        planned.append(sensitivity.head)
+        costs.append(sensitivity.head.kl)
+    chosen: dict[str, Bits] = {linear.name: _LADDER[0] for linear in planned}
+    steps = [_step(index, linear, 0, sensitivity, costs[index]) for index, linear in enumerate(planned)]
     heapq.heapify(steps)
-    spent, expected = 4.0 * total, sensitivity.together
+    spent, expected = 4.0 * total, sum(costs)
     while steps:
         if max_kl is not None and expected <= max_kl:
             break
         _, index, rung, saved, cost = heapq.heappop(steps)
         if avg_bits is not None and spent + cost > avg_bits * total + 1e-6:
             continue
-        linear = sensitivity.linears[index]
+        linear = planned[index]
         chosen[linear.name] = _LADDER[rung + 1]
         spent, expected = spent + cost, expected - saved
         if rung + 2 < len(_LADDER):
-            heapq.heappush(steps, _step(index, linear, rung + 1, sensitivity, scale))
+            heapq.heappush(steps, _step(index, linear, rung + 1, sensitivity, costs[index]))
     return chosen
 
 
 def _step(
-    index: int, linear: LinearCost, rung: int, sensitivity: Sensitivity, scale: float
+    index: int, linear: LinearCost, rung: int, sensitivity: Sensitivity, kl: float
 ) -> tuple[float, int, int, float, float]:
     """One rung up: (-KL saved per bit, linear layer, rung, KL saved, bits spent)."""
-    costs = (linear.kl * scale, linear.kl * scale / _FINER, 0.0)
+    costs = (kl, kl / _FINER, 0.0)
     widths = (4, 8, sensitivity.float_bits)
     saved, cost = costs[rung] - costs[rung + 1], float((widths[rung + 1] - widths[rung]) * linear.weights)
     return -saved / cost, index, rung, saved, cost
@@ -170,7 +177,7 @@ def measure_sensitivity(
     from river_compile.exporters.swap import SwappableModel
 
     progress = progress or (lambda step, done, total: None)
-    plain = replace(config, bits=4, bits_for=())
+    plain = replace(config, bits=4, bits_for=(), head_bits=4)
     swappable = SwappableModel(Path(model), plain, ids, lambda done, total: progress("read tuning texts", done, total))
     return sensitivity_of(swappable, config.group_size, ids, tokens=tokens, progress=progress)
 
@@ -196,8 +203,21 @@ def sensitivity_of(
         )
         everything |= changed
     together = _kl(reference, swappable.logits(batch, everything))
+    head = swappable.head
+    if head is not None:
+        cost = _kl(reference, swappable.logits(batch, swappable.quantized(head, 4)))
+        head_cost = LinearCost(head.name, head.layer, head.weights, cost)
     progress("measure sensitivity", 1, 1)
-    return Sensitivity(swappable.quantizer, 4, group_size, swappable.float_bits, batch.size, together, tuple(costs))
+    return Sensitivity(
+        swappable.quantizer,
+        4,
+        group_size,
+        swappable.float_bits,
+        batch.size,
+        together,
+        tuple(costs),
+        head_cost if head is not None else None,
+    )
 
 
 def _pieces(ids: Sequence[np.ndarray], tokens: int) -> np.ndarray:

@@ -88,5 +88,8 @@ class Tuning:
         if self.avg_bits is None and self.max_kl is None:
             return config
         chosen = choose_bits(measured, avg_bits=self.avg_bits, max_kl=self.max_kl)
+        head_bits = config.head_bits
+        if measured.head is not None and measured.head.name in chosen:
+            head_bits = chosen.pop(measured.head.name)
         planned = tuple((name, bits) for name, bits in chosen.items() if bits != config.bits)
-        return replace(config, bits_for=(*config.bits_for, *planned))
+        return replace(config, bits_for=(*config.bits_for, *planned), head_bits=head_bits)

@@ -59,11 +59,11 @@ def _river_weights(model: onnx.ModelProto) -> dict[int, dict[str, np.ndarray]]:
         river = next(a.g for a in branch.attribute if a.name == "then_branch")
         for node in river.node:
             if node.op_type == "MatMulNBits":
-                found.setdefault(layer, {}).update(_dequantize(node, initializers))
+                found.setdefault(layer, {}).update(dequantize(node, initializers))
     return found
 
 
-def _dequantize(node: onnx.NodeProto, initializers: dict[str, onnx.TensorProto]) -> dict[str, np.ndarray]:
+def dequantize(node: onnx.NodeProto, initializers: dict[str, onnx.TensorProto]) -> dict[str, np.ndarray]:
     """The definition of MatMulNBits, in numpy: (value - zero point) * scale in blocks along the input axis."""
     settings = {a.name: a.i for a in node.attribute}
     values, scales, zeros = (onnx.numpy_helper.to_array(initializers[name]) for name in node.input[1:4])

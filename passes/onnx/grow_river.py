@@ -10,11 +10,10 @@ from typing import Protocol
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from river_compile.config import RiverConfig
+from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import LayersNotFound
-from river_compile.passes.anatomy import Layer
 from river_compile.passes.onnx.find_layers import Anatomy
-from river_compile.passes.onnx.graph import OnnxGraph, Uses
+from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
 from river_compile.passes.onnx.twin import Twin, clone, outer
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer, fitting_group
@@ -49,7 +48,8 @@ class ProductShape:
 
 @dataclass(frozen=True)
 class RiverLinear:
-    """A linear layer of the river: its qualified name, its decoder layer, the root of its weight, and its grid.
+    """A linear layer of the river: its qualified name, its decoder layer, the root of its weight, and its grid. The LM
+    head counts as one layer more than there are.
 
     ``bits`` is None where it stays in the backbone's float type, as asked for, or for a reason that ``note`` gives.
     ``source`` is the backbone's linear layer.
@@ -72,23 +72,33 @@ class River:
     Fields:
         twins: by layer index, for each decoder layer that has one.
         linears: what the river is made of.
+        head: the LM head, if the model has one that can be quantized; it has a twin iff its ``bits`` are not None.
+        head_twin: the two bodies of the head, the backbone's and the river's.
         kept: by layer index, why a layer has no twin.
         partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
     """
 
     twins: dict[int, Twin] = field(default_factory=dict)
     linears: list[RiverLinear] = field(default_factory=list)
+    head: RiverLinear | None = None
+    head_twin: tuple[list[gs.Node], list[gs.Node]] | None = None
     kept: dict[int, str] = field(default_factory=dict)
     partial: list[int] = field(default_factory=list)
 
     @property
+    def quantized(self) -> list[RiverLinear]:
+        """All linear layers with a quantized weight, the LM head last."""
+        every = [*self.linears, *([self.head] if self.head is not None else [])]
+        return [linear for linear in every if linear.bits is not None]
+
+    @property
     def nbytes(self) -> int:
-        weights = {linear.weight: linear.nbytes for linear in self.linears if linear.bits is not None}
-        return sum(weights.values())
+        return sum({linear.weight: linear.nbytes for linear in self.quantized}.values())
 
     @property
     def average_bits(self) -> float:
-        """Mean bits of a weight, scales and zero points not counted; one that stays float counts with its own bits."""
+        """Mean bits of a decoder layer's weight, scales and zero points not counted; one that stays float counts with
+        its own bits."""
         sizes = {
             linear.weight: (linear.source.inputs * linear.source.outputs, linear.bits or linear.source.float_bits)
             for linear in self.linears
@@ -124,8 +134,8 @@ def grow_river(
 ) -> River:
     """Make the river: for every decoder layer a copy of its nodes in which each linear layer is quantized.
 
-    Weights are read one at a time and not kept; a weight that several linear layers share is quantized once. Norms,
-    embeddings and LM head stay as they are (paper, section 3).
+    Weights are read one at a time and not kept; a weight that several linear layers share is quantized once. Norms and
+    embeddings stay as they are, and the LM head unless the config has ``head_bits`` (paper, section 3: it stays).
 
     Args:
         moments: for an activation-aware quantizer, by the name of a linear layer's input tensor the mean of x x^T.
@@ -154,6 +164,9 @@ def grow_river(
         river.twins[index] = Twin(
             anatomy.layers[index], clone(nodes, f"backbone.{index}/"), clone(body, f"river.{index}/")
         )
+    if river.head is not None and river.head.bits is not None:
+        product = _grow(graph, [river.head], quantizer, lowering, grown, moments)
+        river.head_twin = clone([river.head.source.node], "backbone.head/"), clone(product, "river.head/")
     progress(len(planned), len(planned))
     return river
 
@@ -174,12 +187,31 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
         if why:
             river.kept[layer.index] = why
         else:
-            river.linears += [_plan(linear, layer, config) for linear in linears]
+            for linear in linears:
+                bits = config.bits_of(linear.name, linear.weight.name, f"layers.{layer.index}")
+                river.linears.append(_plan(linear, layer.index, config, bits))
             if _elements(graph, layer.weights) > 2 * sum(linear.inputs * linear.outputs for linear in linears):
                 river.partial.append(layer.index)
     if not river.linears and len(kept) < len(anatomy.layers):
         raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
+    head = _find_head(graph, uses, anatomy)
+    if head is not None:
+        bits = None if config.head_bits == FLOAT else config.head_bits
+        river.head = _plan(head, len(anatomy.layers), config, bits)
     return river
+
+
+def _find_head(graph: OnnxGraph, uses: Uses, anatomy: Anatomy) -> Linear | None:
+    """The largest linear layer that depends on what the last decoder layer hands on."""
+    after = {anatomy.layers[-1].hidden_out}
+    inside = {name for layer in anatomy.layers for name in layer.nodes}
+    nodes = []
+    for node in graph.nodes:
+        if node.name not in inside and not after.isdisjoint(reads(node)):
+            nodes.append(node)
+            after.update(output.name for output in node.outputs)
+    linears = find_linears(graph, uses, nodes, "lm_head")
+    return max(linears, key=lambda linear: linear.inputs * linear.outputs, default=None)
 
 
 def _elements(graph: OnnxGraph, weights: Sequence[str]) -> int:
@@ -193,18 +225,17 @@ def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
     return "" if linears else "it has no linear layer with a constant float weight"
 
 
-def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
-    bits = config.bits_of(linear.name, linear.weight.name, f"layers.{layer.index}")
+def _plan(linear: Linear, layer: int, config: RiverConfig, bits: int | None) -> RiverLinear:
     group_size = fitting_group(linear.inputs, config.group_size)
     if bits is None:
-        return RiverLinear(linear.name, layer.index, linear.weight.name, None, None, 0, "", linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, "", linear)
     if group_size is None:
         note = f"{linear.inputs} inputs are divided by no group size; the weight stays as it is"
-        return RiverLinear(linear.name, layer.index, linear.weight.name, None, None, 0, note, linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear)
     groups = linear.inputs // group_size * linear.outputs
     nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * 2
     note = "" if group_size == config.group_size else f"group size {group_size}, as {config.group_size} does not divide"
-    return RiverLinear(linear.name, layer.index, linear.weight.name, bits, group_size, nbytes, note, linear)
+    return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear)
 
 
 def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:

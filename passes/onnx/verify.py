@@ -109,7 +109,7 @@ def _cache_problem(graph: OnnxGraph, anatomy: Anatomy) -> str:
 def _backbone_problem(graph: OnnxGraph, original: Original) -> str:
     found = set()
     for node in graph.nodes:
-        if node.op == "If" and "else_branch" in node.attrs and node.name.startswith("river/layer."):
+        if node.op == "If" and "else_branch" in node.attrs and node.name.startswith("river/"):
             branch = node.attrs["else_branch"]
             found |= {_text(inner, f"{branch.name}/") for inner in branch.nodes}
         else:

@@ -112,6 +112,13 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     "match wins.",
 )
 @click.option(
+    "--head-bits",
+    type=_choice((*BITS, FLOAT)),
+    default=_DEFAULTS.head_bits,
+    show_default=True,
+    help="Bits of the LM head that a token takes after its exit.",
+)
+@click.option(
     "--group-size",
     type=_choice(GROUP_SIZES),
     default=str(_DEFAULTS.group_size),
@@ -167,6 +174,7 @@ def main(
     keep_layers: tuple[int, ...],
     bits: str,
     bits_for: tuple[tuple[str, int | Literal["float"]], ...],
+    head_bits: str,
     group_size: str,
     activations: str,
     quantizer: str,
@@ -206,6 +214,7 @@ def main(
         keep_layers=keep_layers,
         bits=int(bits),
         bits_for=bits_for,
+        head_bits=FLOAT if head_bits == FLOAT else int(head_bits),
         group_size=int(group_size),
         activations=activations,
         quantizer=quantizer,
