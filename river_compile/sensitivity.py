@@ -120,6 +120,10 @@ def choose_bits(
     """
     if (avg_bits is None) == (max_kl is None):
         raise ConfigError("avg_bits", "give either avg_bits or max_kl")
+    if avg_bits is not None and avg_bits < _LADDER[0]:  # type: ignore[operator]
+        raise ConfigError("avg_bits", f"must be 4 or more, not {avg_bits}")
+    if max_kl is not None and max_kl <= 0:
+        raise ConfigError("max_kl", f"must be above 0, not {max_kl}")
     planned = list(sensitivity.linears)
     total = sum(linear.weights for linear in planned)
     scale = sensitivity.together / max(sum(linear.kl for linear in planned), 1e-30)

@@ -169,3 +169,47 @@ def test_gptq_without_texts_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match="needs tuning texts"):
         river_compile.export(exported("llama"), path, RiverConfig(quantizer="gptq"))
     assert not path.exists()
+
+
+def test_a_budget_of_fidelity_plans_the_head_and_one_of_bits_leaves_it() -> None:
+    sensitivity = replace(_synthetic([0.1, 0.1], together=0.2), head=LinearCost("head", 2, 1000, 0.3))
+    assert "head" not in choose_bits(sensitivity, avg_bits=4.0)
+    assert choose_bits(sensitivity, max_kl=1.0)["head"] == 4
+    assert choose_bits(sensitivity, max_kl=0.21)["head"] == 8
+    assert choose_bits(sensitivity, max_kl=1e-9)["head"] == "float"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_head_alone_costs_what_its_quantized_twin_does(
+    exported: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    """gpt2's head is tied to the embeddings, which must stay as they are."""
+    model = exported(family)
+    ids = [np.random.default_rng(i).integers(3, VOCABULARY, 64) for i in range(2)]
+    measured = measure_sensitivity(model, RiverConfig(), ids, tokens=128)
+    assert measured.head is not None
+    assert measured.head.layer == LAYERS
+    # Layers whose weights all stay float leave the head as the only difference.
+    config = RiverConfig(tau=2.0, activations="float", head_bits=4, bits_for=(("*", "float"),), max_depth=0)
+    river_compile.export(model, tmp_path / "m.onnx", config)
+    batch = np.stack(ids)
+    logits = Player(session(tmp_path / "m.onnx"), 2).step(batch)["logits"]
+    plain = Player(session(model), 2).step(batch)["logits"]
+    expected = np.mean([_kl_of(first, second) for first, second in zip(plain, logits, strict=True)])
+    assert measured.head.kl == pytest.approx(expected, rel=0.02)
+    assert measured.head.kl > 0
+
+
+def _kl_of(reference: np.ndarray, logits: np.ndarray) -> float:
+    first, second = (
+        rows.astype(np.float64) - np.logaddexp.reduce(rows.astype(np.float64), -1, keepdims=True)
+        for rows in (reference, logits)
+    )
+    return float((np.exp(first) * (first - second)).sum(-1).mean())
+
+
+def test_a_plan_by_fidelity_sets_the_heads_bits(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    tuning = Tuning(CHARACTERS, _texts(), max_kl=100.0)
+    river_compile.export(exported("llama"), tmp_path / "m.onnx", RiverConfig(tau=2.0), tuning=tuning)
+    written = next(p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props if p.key == "river.config")
+    assert '"head_bits": 4' in written
