@@ -39,7 +39,6 @@ def lower_single_rows(piece: Piece, weights: Collection[str]) -> int:
         piece.graph.erase_node(linear.node)
         replaced += 1
     if replaced:
-        piece.graph.eliminate_dead_code()
         piece.module.recompile()
     return replaced
 

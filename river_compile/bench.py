@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import resource
@@ -67,7 +68,9 @@ class BenchResult:
         compile_seconds: of the first generation, prompt and both decode graphs, with empty caches, by "inductor" and
             "river"; the river's includes making it.
         backbone_bytes, river_bytes: weights of the model and of the river.
-        peak_bytes: of the process up to here (on a GPU: of its memory).
+        decode_peak_bytes: most memory of the process while it decodes (on a GPU: of its memory), by "inductor", with no
+            river made yet, and "river", with all that Inductor's version holds still there. The difference is what the
+            river costs, at most.
     """
 
     model: str
@@ -81,7 +84,7 @@ class BenchResult:
     compile_seconds: dict[str, float]
     backbone_bytes: int
     river_bytes: int
-    peak_bytes: int
+    decode_peak_bytes: dict[str, int]
 
     def ratio(self, row: BenchRow) -> float:
         """How many times faster than plain Inductor: the median over rounds of the ratio within a round."""
@@ -135,6 +138,7 @@ def bench(
     backend = RiverBackend(config)
     compiled: dict[str, Callable[..., Any]] = {"eager": model}
     seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     for name, kind in ((_REFERENCE, "inductor"), ("river", backend)):
         progress(f"compile: {name}", 0, 1)
         with _fresh_cache():
@@ -144,6 +148,7 @@ def bench(
             for _ in range(2):
                 _decode(model, compiled[name], tokens, 3)
             seconds[name] = time.perf_counter() - started
+        peaks[name] = _peak_bytes(device, lambda forward=compiled[name]: _decode(model, forward, tokens, 3))
         progress(f"compile: {name}", 1, 1)
     stats = backend.stats()
     if stats.fallbacks or not stats.river_layers:
@@ -170,7 +175,7 @@ def bench(
         compile_seconds={name: round(value, 2) for name, value in seconds.items()},
         backbone_bytes=stats.backbone_bytes,
         river_bytes=backend.stats().river_bytes,
-        peak_bytes=_peak_bytes(device),
+        decode_peak_bytes=peaks,
     )
 
 
@@ -287,9 +292,20 @@ def _bandwidth(device: str) -> float:
     return block.nbytes / min(times)
 
 
-def _peak_bytes(device: str) -> int:
+def _peak_bytes(device: str, work: Callable[[], object]) -> int:
+    """Most memory in use during some work; on a CPU other than Linux's, up to its end."""
+    gc.collect()
     if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
         return int(torch.cuda.max_memory_allocated(device))
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if reset.exists():
+        # 5: the peak becomes what is in use now.
+        reset.write_text("5")
+        work()
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+    work()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -19,7 +19,7 @@ from tests.torch_models import as_it_is
 def test_ratios_are_within_rounds_and_the_limit_is_bytes_over_bandwidth() -> None:
     plain = BenchRow("inductor", seconds=[1.0, 2.0, 4.0], bytes_per_token=50.0)
     river = BenchRow("river", tau=0.5, seconds=[0.5, 1.0, 1.0], depths=[1, 3], bytes_per_token=25.0)
-    result = BenchResult("m", "cpu", "bfloat16", 2, 3, 3, 100.0, [plain, river], {}, 10, 2, 0)
+    result = BenchResult("m", "cpu", "bfloat16", 2, 3, 3, 100.0, [plain, river], {}, 10, 2, {})
     assert result.ratio(plain) == 1
     assert result.ratio(river) == 2
     assert (result.limit(plain), result.limit(river)) == (2, 4)
@@ -34,7 +34,7 @@ def test_the_command_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
     torch.compiler.reset()
     random_model("llama", 3).save_pretrained(tmp_path / "model")
-    arguments = ["--rounds", "1", "--tokens", "4", "--depth", "1", "--tau", "-1", "--quiet"]
+    arguments = ["--rounds", "1", "--tokens", "4", "--depths", "1", "--tau", "-1", "--quiet"]
     result = CliRunner().invoke(
         main, [str(tmp_path / "model"), *arguments, "--json", "--png", str(tmp_path / "bench.png")]
     )
@@ -48,6 +48,8 @@ def test_the_command_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
         "river, exit depth 1",
         "all quantized",
     ]
+    peaks = json.loads(result.stdout)["decode_peak_bytes"]
+    assert 0 < peaks["inductor"] <= peaks["river"] * 1.01
     depths = [rows[name]["mean_depth"] for name in list(rows)[2:]]
     assert depths == [3, 1, 1, 0]
     assert (tmp_path / "bench.png").stat().st_size > 1000

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.cli.options import depths as depths_option
+from river_compile.cli.options import numbers
 from river_compile.config import BITS, GROUP_SIZES, RiverConfig
 
 if TYPE_CHECKING:
@@ -23,16 +25,23 @@ _DEFAULTS = RiverConfig()
 _EXAMPLES = """\b
 Examples:
   river-bench path/to/hf_model
-  river-bench path/to/hf_model --tau 0.97 --tau 0.95 --depth 1 --depth 4
+  river-bench path/to/hf_model --tau 0.97,0.95 --depths 1,4
   river-bench path/to/hf_model --json --png bench.png > bench.json
 """
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES)
+@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--tau", "taus", multiple=True, type=float, help="A threshold to run the river at; may be repeated.")
 @click.option(
-    "--depth", "depths", multiple=True, type=int, default=(1, 4, 15), show_default=True, help="An exit depth to force."
+    "--tau", "taus", callback=numbers("tau"), metavar="LIST", default="", help="Thresholds to run the river at."
+)
+@click.option(
+    "--depths",
+    callback=depths_option,
+    metavar="LIST",
+    default="1,4,15",
+    show_default=True,
+    help="Exit depths to force.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="New tokens in a round.")
@@ -48,8 +57,8 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the table into this file.")
-@click.option("--quiet", is_flag=True, help="No progress bars.")
-@click.version_option(__version__)
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
+@click.version_option(__version__, prog_name="river-bench")
 def main(
     model: Path,
     taus: tuple[float, ...],
@@ -124,9 +133,11 @@ def _show(console: Console, result: BenchResult) -> None:
         f"({seconds['river'] / seconds['inductor']:.2f}x)"
     )
     both = result.backbone_bytes + result.river_bytes
+    peaks = result.decode_peak_bytes
     console.print(
         f"weights: backbone {result.backbone_bytes / 1e6:.0f} MB, with the river {both / 1e6:.0f} MB "
-        f"({both / result.backbone_bytes:.2f}x); peak of the process {result.peak_bytes / 1e6:.0f} MB"
+        f"({both / result.backbone_bytes:.2f}x); most memory while decoding: {peaks['inductor'] / 1e6:.0f} MB "
+        f"before the river was made, {peaks['river'] / 1e6:.0f} MB after"
     )
 
 

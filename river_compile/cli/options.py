@@ -11,7 +11,7 @@ import click
 
 from river_compile.errors import ConfigError
 
-__all__ = ["cache_option", "numbers"]
+__all__ = ["cache_option", "depths", "numbers"]
 
 
 def numbers(field: str) -> Callable[[click.Context, click.Parameter, str], tuple[float, ...]]:
@@ -24,6 +24,14 @@ def numbers(field: str) -> Callable[[click.Context, click.Parameter, str], tuple
             raise ConfigError(field, f"{value!r} is no list of numbers, such as 0.98,0.95") from None
 
     return parse
+
+
+def depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """A callback that reads ``0,15``."""
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError("depths", f"{value!r} is no list of whole numbers, such as 0,15") from None
 
 
 def cache_option(command: Callable[..., Any]) -> Callable[..., Any]:
