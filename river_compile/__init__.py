@@ -7,7 +7,7 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
-    from river_compile.backend import RiverBackend, set_max_depth, set_tau, stats
+    from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats
     from river_compile.calibration import Calibration, calibrate
     from river_compile.evaluation import Evaluation, evaluate
     from river_compile.report import Stats
@@ -28,6 +28,7 @@ __all__ = [
     "evaluate",
     "export",
     "plan",
+    "reset_stats",
     "set_max_depth",
     "set_tau",
     "stats",
@@ -46,6 +47,7 @@ _HOME = {
     "evaluate": "evaluation",
     "export": "api",
     "plan": "api",
+    "reset_stats": "backend",
     "set_max_depth": "backend",
     "set_tau": "backend",
     "stats": "backend",

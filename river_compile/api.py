@@ -231,8 +231,10 @@ def plan(
     Raises: as `export`.
     """
     from river_compile.exporters import onnx_file, rewrite
+    from river_compile.exporters.onnxruntime import quantizer
 
     config = config or RiverConfig()
+    quantizer(config.quantizer)
     started = time.perf_counter()
     with ExitStack() as stack:
         source, label = _as_onnx(model, None, stack, progress or (lambda step, done, total: None))

@@ -27,7 +27,7 @@ from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
 from river_compile.report import Stats
 
-__all__ = ["RiverBackend", "river", "set_max_depth", "set_tau", "stats"]
+__all__ = ["RiverBackend", "reset_stats", "river", "set_max_depth", "set_tau", "stats"]
 
 Compiled = Callable[..., Any]
 
@@ -262,6 +262,16 @@ def stats(model: torch.nn.Module) -> Stats:
         InputError: the model has not been compiled with it, or not been called since.
     """
     return _backend_of(model).stats()
+
+
+def reset_stats(model: torch.nn.Module) -> None:
+    """Forget the exit depths counted so far: `stats` counts from now.
+
+    Raises: as `stats`.
+    """
+    for backend in _backends_of(model):
+        backend.decode_depths.clear()
+        backend.prefill_depths.clear()
 
 
 def set_tau(model: torch.nn.Module, tau: float) -> None:

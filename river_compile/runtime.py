@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 
 __all__ = ["DEVICES", "Decoder", "Generation", "OnnxDecoder", "State", "Step"]
@@ -139,6 +140,7 @@ class Decoder(ABC):
     ) -> Iterator[Step]:
         """Yield one step a forward pass until every sequence has stopped. Arguments and errors: see `generate`."""
         _check_sampling(prompts, max_new_tokens, temperature, top_p)
+        RiverConfig(tau=RiverConfig.tau if tau is None else tau, max_depth=max_depth)
         sampler = np.random.default_rng(seed)
         ids, mask = _pad_left(prompts)
         state = self.start(len(prompts))
@@ -191,6 +193,12 @@ class OnnxDecoder(Decoder):
             raise InputError(f"{path}: no decoder: it needs input_ids, logits and a KV cache in its signature")
         self.has_river = _TAU in self._overridable
         self.has_offsets = _TAU_OFFSETS in self._overridable
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the model tells of its river: config, quantizer, layers, calibration; empty for a plain model."""
+        found: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        return {name: text for name, text in found.items() if name.startswith("river.")}
 
     @property
     def layers(self) -> int | None:
@@ -308,6 +316,8 @@ def _onnxruntime(device: str) -> Any:
 
 
 def _check_sampling(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if isinstance(prompts, str) or any(isinstance(prompt, (str, int)) for prompt in prompts):
+        raise ConfigError("prompts", "must be lists of token ids, one a sequence; a tokenizer makes them of text")
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ConfigError("prompts", "each needs at least one token")
     if max_new_tokens < 1:

@@ -97,6 +97,8 @@ def test_tau_and_depth_change_without_compiling_anew() -> None:
     assert backend.stats().decode_depths == {1: 3, 2: 3, LAYERS: 3}
     assert backend.stats().mean_exit_depth == (1 + 2 + LAYERS) / 3
     assert counters["stats"]["unique_graphs"] == graphs
+    river_compile.reset_stats(compiled)
+    assert backend.stats().decode_depths == {}
     with pytest.raises(ConfigError, match="tau"):
         river_compile.set_tau(compiled, float("nan"))
     with pytest.raises(InputError, match="not compiled"):

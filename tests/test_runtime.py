@@ -182,3 +182,24 @@ def test_a_device_that_is_not_there(river: Path) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         with pytest.raises(MissingExtra, match=r"river-compile\[gpu\]"):
             OnnxDecoder(river, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"tau": float("nan")}, "tau"),
+        ({"tau": -3.0}, "tau"),
+        ({"max_depth": -1}, "max_depth"),
+        ({"prompts": "text"}, "prompts"),
+        ({"prompts": ["text"]}, "prompts"),
+        ({"prompts": [1, 2]}, "prompts"),
+    ],
+)
+def test_a_wrong_argument_is_named(decoder: OnnxDecoder, arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        decoder.generate(**{"prompts": [PROMPT], "max_new_tokens": 1} | arguments)
+
+
+def test_the_river_tells_of_itself_and_a_plain_model_does_not(decoder: OnnxDecoder, exported: Exported) -> None:
+    assert decoder.metadata["river.layers"] == str(LAYERS)
+    assert OnnxDecoder(exported("llama"), threads=1).metadata == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ class River:
         head: the LM head, if the model has one that can be quantized; it has a twin iff its ``bits`` are not None.
         head_twin: the two bodies of the head, the backbone's and the river's.
         kept: by layer index, why a layer has no twin.
+        unused: patterns of the config's ``bits_for`` that match no linear layer.
         partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
     """
 
@@ -84,6 +86,7 @@ class River:
     head_twin: tuple[list[gs.Node], list[gs.Node]] | None = None
     kept: dict[int, str] = field(default_factory=dict)
     partial: list[int] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def quantized(self) -> list[RiverLinear]:
@@ -116,6 +119,7 @@ class River:
         if self.partial:
             why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
             lines.append(f"{why}: layers {_ranges(self.partial)}")
+        lines += [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
         remarks: dict[str, list[str]] = {}
         for linear in self.linears:
             if linear.note:
@@ -188,17 +192,26 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
             river.kept[layer.index] = why
         else:
             for linear in linears:
-                bits = config.bits_of(linear.name, linear.weight.name, f"layers.{layer.index}")
+                bits = config.bits_of(*_names(linear, layer.index))
                 river.linears.append(_plan(linear, layer.index, config, bits))
             if _elements(graph, layer.weights) > 2 * sum(linear.inputs * linear.outputs for linear in linears):
                 river.partial.append(layer.index)
     if not river.linears and len(kept) < len(anatomy.layers):
         raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
+    names = {name for linear in river.linears for name in _names(linear.source, linear.layer)}
+    for pattern, _ in config.bits_for:
+        if not fnmatch.filter(names, pattern):
+            river.unused.append(pattern)
     head = _find_head(graph, uses, anatomy)
     if head is not None:
         bits = None if config.head_bits == FLOAT else config.head_bits
         river.head = _plan(head, len(anatomy.layers), config, bits)
     return river
+
+
+def _names(linear: Linear, layer: int) -> tuple[str, str, str]:
+    """What a pattern may call a linear layer."""
+    return linear.name, linear.weight.name, f"layers.{layer}"
 
 
 def _find_head(graph: OnnxGraph, uses: Uses, anatomy: Anatomy) -> Linear | None:
@@ -233,7 +246,7 @@ def _plan(linear: Linear, layer: int, config: RiverConfig, bits: int | None) -> 
         note = f"{linear.inputs} inputs are divided by no group size; the weight stays as it is"
         return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear)
     groups = linear.inputs // group_size * linear.outputs
-    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * 2
+    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * linear.float_bits // 8
     note = "" if group_size == config.group_size else f"group size {group_size}, as {config.group_size} does not divide"
     return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear)
 

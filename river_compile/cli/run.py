@@ -38,7 +38,11 @@ Examples:
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the smallest set of this mass.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--jit-cache", type=click.Path(path_type=Path), help="File that keeps kernels compiled at first use.")
-@click.option("--info", is_flag=True, help="Show the engine's side file, checked against the engine, and stop.")
+@click.option(
+    "--info",
+    is_flag=True,
+    help="Show what the model tells of itself, an engine checked against its side file, and stop.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print tokens, exit depths and timings as JSON.")
 @click.version_option(__version__, prog_name="river-run")
 def main(
@@ -59,6 +63,11 @@ def main(
 
     MODEL is an engine that `river-export --target tensorrt` built, with its side file beside it, or an .onnx file.
     """
+    if info and model.suffix == ".onnx":
+        from river_compile.runtime import OnnxDecoder
+
+        click.echo(json.dumps(OnnxDecoder(model).metadata, indent=2))
+        return
     if info:
         from river_compile.exporters.tensorrt_engine import EngineInfo
 
@@ -98,7 +107,8 @@ def main(
     if len(prompts) > 1:
         for text in texts:
             console.print(f"- {text}", markup=False)
-    console.print(f"\n{result.tokens_per_second:.1f} tokens/s a sequence, mean exit depth {result.mean_exit_depth:.1f}")
+    depth = f"mean exit depth {result.mean_exit_depth:.1f}" if result.exit_depths else "no river"
+    console.print(f"\n{result.tokens_per_second:.1f} tokens/s a sequence, {depth}")
 
 
 def _check(model: Path, prompts: list[list[int]], new_tokens: int) -> None:

@@ -143,3 +143,9 @@ def _assert_all_depths(
         for length in (5, 1):
             ids = rng.integers(3, 100, (2, length))
             assert_close(found.step(ids, max_depth=depth, tau=2.0), expected.step(ids), tolerance)
+
+
+def test_a_pattern_that_matches_nothing_is_told(exported: Callable[[str], Path]) -> None:
+    config = RiverConfig(bits_for=(("*down*", 8), ("*dwon*", 8), ("layers.1", 8)))
+    notes = plan(exported("llama"), config).report.notes
+    assert notes == ("bits for '*dwon*': it matches no linear layer",)
