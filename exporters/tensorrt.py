@@ -8,17 +8,19 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters import onnx_file, rewrite, tensorrt_builder
+from river_compile.exporters.moments import Moments
 from river_compile.exporters.onnxruntime import quantizer
 from river_compile.exporters.tensorrt_engine import EngineInfo, Profile, side_file
 from river_compile.exporters.tensorrt_linear import DequantizedMatMul
@@ -31,6 +33,7 @@ from river_compile.passes.onnx.lower_flags import lower_flags
 from river_compile.passes.onnx.narrow_floats import FLOATS, narrow_floats
 from river_compile.passes.onnx.share_attention import share_attention
 from river_compile.passes.onnx.static_cache import static_cache
+from river_compile.passes.quantizer import ActivationAware
 
 __all__ = ["DTYPES", "GROUP_SIZES", "KV_CACHES", "QUANTIZER", "EngineOptions", "build", "default_config", "write_onnx"]
 
@@ -97,6 +100,7 @@ def build(
     config: RiverConfig | None = None,
     options: EngineOptions | None = None,
     *,
+    tuning_ids: Sequence[np.ndarray] = (),
     onnx_output: Path | None = None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> EngineInfo:
@@ -107,6 +111,7 @@ def build(
     Args:
         model: an ONNX file with a KV cache in its signature.
         config: the river's settings; `default_config` if None. Its river always computes in the engine's float type.
+        tuning_ids: token ids of texts, int64 [tokens] each, for an activation-aware quantizer ("gptq-symmetric").
         onnx_output: keep what was handed to TensorRT as this file; a weightless engine always keeps it, as
             ``<engine>.onnx``.
         progress: is told the step and how much of how much of it is done.
@@ -128,7 +133,8 @@ def build(
         onnx_file.check_target(target)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{engine.name}.", dir=engine.parent) as stage:
-            made = write_onnx(model, Path(stage) / (onnx_output or Path("model.onnx")).name, config, options, progress)
+            name = (onnx_output or Path("model.onnx")).name
+            made = write_onnx(model, Path(stage) / name, config, options, progress, tuning_ids=tuning_ids)
             written = time.perf_counter()
             progress("build engine", 0, 1)
             built = tensorrt_builder.run(
@@ -179,6 +185,8 @@ def write_onnx(
     config: RiverConfig,
     options: EngineOptions,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+    *,
+    tuning_ids: Sequence[np.ndarray] = (),
 ) -> RiverOnnx:
     """Write the ONNX form that TensorRT takes: ``river.tau`` and ``river.max_depth`` are ordinary inputs there.
 
@@ -204,6 +212,7 @@ def write_onnx(
             quantizer(config.quantizer),
             DequantizedMatMul(),
             lambda done, total: progress("quantize", done, total),
+            _moments(model, config, tuning_ids, progress),
             prepare=prepare,
             finish=[share_attention, lower_flags],
         )
@@ -215,6 +224,17 @@ def write_onnx(
     files = onnx_file.save(written, output, model.parent, True, lambda done, total: progress("write", done, total))
     caches = [(slot.past, slot.present) for layer in anatomy.layers for slot in layer.caches]
     return RiverOnnx(files, written, caches, anatomy, result, dtype, defaults, _sha256(files[1:] or files))
+
+
+def _moments(
+    model: Path, config: RiverConfig, ids: Sequence[np.ndarray], progress: Callable[[str, int, int], None]
+) -> Moments | None:
+    """What the linear layers are multiplied with, measured on the model as it came: the passes that prepare it for
+    TensorRT keep the names of those tensors."""
+    if not ids or not isinstance(quantizer(config.quantizer), ActivationAware):
+        return None
+    linears = rewrite.survey(onnx_file.load(model), model.parent, config)[1].quantized
+    return Moments(model, linears, ids, lambda done, total: progress("read tuning texts", done, total))
 
 
 def _float_types(proto: onnx.ModelProto, options: EngineOptions, model: Path) -> tuple[str, str]:

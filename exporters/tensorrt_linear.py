@@ -34,7 +34,9 @@ class DequantizedMatMul:
         """
         zero = 1 << (weight.bits - 1)
         if (weight.zero_points != zero).any():
-            raise ConfigError("quantizer", "TensorRT dequantizes symmetric grids only; use 'rtn-symmetric'")
+            raise ConfigError(
+                "quantizer", "TensorRT dequantizes symmetric grids only; use 'rtn-symmetric' or 'gptq-symmetric'"
+            )
         centred = (weight.values.astype(np.int16) - zero).reshape(weight.values.shape[0], -1)
         return (
             graph.add_weight(f"{name}.values", np.ascontiguousarray(centred.T).astype(_INTEGERS[weight.bits])),

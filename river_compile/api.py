@@ -201,6 +201,7 @@ def build_engine(
     config: RiverConfig | None = None,
     options: EngineOptions | None = None,
     *,
+    tuning: Tuning | None = None,
     onnx_output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EngineInfo:
@@ -210,17 +211,19 @@ def build_engine(
         model: as for `export`.
         engine: the engine to write; its side file goes beside it.
         config: the river's settings; None: `exporters.tensorrt.default_config`.
+        tuning: texts for the quantizer "gptq-symmetric"; it may have no budget.
 
     Raises: as `exporters.tensorrt.build`.
     """
-    from river_compile.exporters import tensorrt
+    from river_compile.exporters import onnx_file, tensorrt
 
     progress = progress or (lambda step, done, total: None)
     target = Path(engine)
     with ExitStack() as stack:
         source, _ = _as_onnx(model, target.parent, stack, progress)
         kept = Path(onnx_output) if onnx_output is not None else None
-        return tensorrt.build(source, target, config, options, onnx_output=kept, progress=progress)
+        ids = tuning.ids(onnx_file.load(source)) if tuning is not None else ()
+        return tensorrt.build(source, target, config, options, tuning_ids=ids, onnx_output=kept, progress=progress)
 
 
 def plan(

@@ -20,6 +20,7 @@ from river_compile.errors import ConfigError
 if TYPE_CHECKING:
     from river_compile.exporters.tensorrt import EngineOptions
     from river_compile.exporters.tensorrt_engine import EngineInfo
+    from river_compile.tuning import Tuning
 
 __all__ = ["build", "engine_options", "river_defaults"]
 
@@ -105,6 +106,7 @@ def build(
     onnx_output: Path | None,
     config: RiverConfig,
     options: EngineOptions,
+    tuning: Tuning | None,
     *,
     quiet: bool,
     as_json: bool,
@@ -114,7 +116,7 @@ def build(
 
     engine = engine or _beside(Path(model))
     with progress_bars(quiet or as_json) as progress:
-        info = build_engine(model, engine, config, options, onnx_output=onnx_output, progress=progress)
+        info = build_engine(model, engine, config, options, tuning=tuning, onnx_output=onnx_output, progress=progress)
     if as_json:
         click.echo(info.to_json())
     else:

@@ -227,8 +227,8 @@ def main(
     from river_compile.api import export, plan
 
     if target == "tensorrt":
-        if tokenizer or tuning_texts or avg_bits is not None or max_kl is not None or sensitivity:
-            raise ConfigError("target", "an engine's river is made without tuning texts; tuning options do not apply")
+        if avg_bits is not None or max_kl is not None or sensitivity:
+            raise ConfigError("target", "an engine's bits are planned by --bits and --bits-for only")
         config = river_defaults(click.get_current_context(), config)
         if not dry_run:
             from river_compile.exporters.tensorrt import EngineOptions
@@ -242,7 +242,8 @@ def main(
                 compute_capabilities=compute_capabilities,
                 weightless=weightless,
             )
-            build(model, engine, output, config, options, quiet=quiet, as_json=as_json)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, None, None, None)
+            build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
             return
     elif engine is not None:
         raise ConfigError("engine", "is written with --target tensorrt only")
@@ -324,6 +325,9 @@ def _show_plan(console: Console, plan: Plan) -> None:
         indices = [layer.index for layer in alike]
         table.add_row(f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), *row)
     console.print(table)
+    head = [linear for linear in plan.linears if linear.layer == len(plan.layers)]
+    if head:
+        console.print(f"LM head after an exit: {head[0].name} {head[0].grid}")
     console.print("dry run: nothing written")
 
 

@@ -78,7 +78,7 @@ def test_an_engine_is_built_shown_and_refused_without_a_gpu(
     [
         (["--engine", "x.engine"], "engine: is written with --target tensorrt only"),
         (["--target", "tensorrt", "--activations", "int8"], "activations: an engine's river computes in"),
-        (["--target", "tensorrt", "--avg-bits", "5"], "target: an engine's river is made without tuning texts"),
+        (["--target", "tensorrt", "--avg-bits", "5"], "target: an engine's bits are planned by"),
         (["--target", "tensorrt", "--max-length", "1"], "max_length: must be a whole number, 2 or more"),
         (["--target", "tensorrt", "--quantizer", "rtn"], "quantizer: TensorRT dequantizes symmetric grids only"),
         (["--target", "tensorrt", "--compute-capability", "5.0"], "compute_capabilities: "),

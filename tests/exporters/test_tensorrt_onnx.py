@@ -12,6 +12,8 @@ import pytest
 from river_compile.api import export
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.tensorrt import KV_CACHES, EngineOptions, RiverOnnx, default_config, write_onnx
+from river_compile.fidelity import Document, TextTokenizer
+from river_compile.tuning import Tuning
 from tests.families import LAYERS, VOCABULARY
 from tests.oracle import Player, assert_close, session
 from tests.static_player import StaticPlayer
@@ -159,3 +161,34 @@ def test_a_model_of_another_type_is_refused(exported: Exported, tmp_path: Path) 
         write_onnx(half, tmp_path / "x.onnx", default_config(), EngineOptions(dtype="bfloat16"))
     with pytest.raises(InputError, match="no KV cache that grows"):
         write_onnx(half, tmp_path / "x.onnx", default_config(), EngineOptions())
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_river_tuned_on_texts_and_with_a_head_is_the_same_here(
+    exported: Exported, family: str, kv_cache: str, tmp_path: Path
+) -> None:
+    original = exported(family)
+    rng = np.random.default_rng(0)
+    texts = [Document(str(i), "k", "".join(map(chr, rng.integers(3, VOCABULARY, 200)))) for i in range(4)]
+    tuning = Tuning(TextTokenizer(lambda text: [ord(c) % VOCABULARY for c in text], str, VOCABULARY), texts)
+    config = default_config(tau=2.0, quantizer="gptq-symmetric", head_bits=4)
+    export(original, tmp_path / "spine.onnx", config, tuning=tuning)
+    options = EngineOptions(kv_cache=kv_cache, dtype="float32", max_length=LENGTH)
+    ids = tuning.ids(onnx.load(original, load_external_data=False))
+    made = write_onnx(original, tmp_path / "tensorrt.onnx", config, options, tuning_ids=ids)
+    plain = write_onnx(original, tmp_path / "plain.onnx", default_config(tau=2.0), options)
+    spine = session(tmp_path / "spine.onnx")
+    for depth in (0, 2, LAYERS):
+        batch = np.random.default_rng(depth).integers(3, VOCABULARY, (2, 9))
+        found, untuned = (
+            StaticPlayer(session(model.path), 2, NEVER).step(batch, max_depth=depth) for model in (made, plain)
+        )
+        assert_close(found, Player(spine, 2).step(batch, max_depth=depth))
+        assert (np.abs(found["logits"] - untuned["logits"]).max() > 1e-3) == (depth < LAYERS)
+
+
+def test_a_quantizer_that_asks_for_texts_gets_them_or_is_refused(exported: Exported, tmp_path: Path) -> None:
+    config = default_config(quantizer="gptq-symmetric")
+    with pytest.raises(ConfigError, match="quantizer: 'gptq-symmetric' needs tuning texts"):
+        write_onnx(exported("llama"), tmp_path / "x.onnx", config, EngineOptions(max_length=LENGTH))
