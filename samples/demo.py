@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ from river_compile.runtime import OnnxDecoder
 QUESTION = "What is the capital of France?"
 TAUS = (0.98, 0.95, 0.9)
 NEW_TOKENS = 32
+CONFIGS = {
+    "river": RiverConfig(tau=TAUS[-1]),
+    "river.head8": RiverConfig(tau=TAUS[-1], head_bits=8),
+    "river.w4a16": RiverConfig(tau=TAUS[-1], activations="float"),
+}
 PASSAGE = """A lighthouse is a tower built to send out light from a system of lamps and lenses, and to serve as a beacon
 for pilots at sea or on inland waterways. Lighthouses mark dangerous coastlines, reefs, rocks and safe entries to
 harbours. Once widely used, the number of working lighthouses has declined because of the cost of keeping them and the
@@ -54,6 +59,7 @@ class Variant:
     depths: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     agreement: float = float("nan")
+    config: RiverConfig = field(default_factory=RiverConfig)
 
     def generate(self, prompt: list[int]) -> None:
         """One round. Tokens after the stop token are generated as well, so that every row times as many."""
@@ -80,9 +86,10 @@ def timed(what: str) -> Iterator[None]:
     console.print(f"{what}: {time.perf_counter() - started:.0f} s")
 
 
-def exported(cache: Path) -> tuple[Path, Path, Path]:
-    """The plain model, the river model, and the river with float activations (W4A16)."""
-    plain, river, w4a16 = cache / "smollm2.onnx", cache / "smollm2.river.onnx", cache / "smollm2.river.w4a16.onnx"
+def exported(cache: Path) -> tuple[Path, dict[str, Path]]:
+    """The plain model, and the river models by the names of their configs."""
+    plain = cache / "smollm2.onnx"
+    rivers = {name: cache / f"smollm2.{name}.onnx" for name in CONFIGS}
     if not plain.exists():
         with timed("Reading SmolLM2-135M and exporting it to ONNX (opset 23, about a minute and a half)"):
             from river_compile.exporters.hf import export_decoder, load_decoder
@@ -94,23 +101,26 @@ def exported(cache: Path) -> tuple[Path, Path, Path]:
                 file.rename(cache / file.name)
             (part / plain.name).rename(plain)
     with timed("Growing the river"):
-        report = river_compile.export(plain, river, RiverConfig(tau=TAUS[-1]))
-        river_compile.export(plain, w4a16, RiverConfig(tau=TAUS[-1], activations="float"))
+        reports = [river_compile.export(plain, rivers[name], config) for name, config in CONFIGS.items()]
+    report = reports[0]
     console.print(
         f"{report.layers} decoder layers, found by {report.found_by}; river {report.river_bytes / 1e6:.0f} MB "
         f"beside a backbone of {report.backbone_bytes / 1e6:.0f} MB; {report.added_nodes} nodes added"
     )
-    return plain, river, w4a16
+    return plain, rivers
 
 
-def variants(plain: Path, river: Path, w4a16: Path) -> list[Variant]:
-    backbone, with_river, with_float = OnnxDecoder(plain), OnnxDecoder(river), OnnxDecoder(w4a16)
+def variants(plain: Path, rivers: dict[str, Path]) -> list[Variant]:
+    backbone, (with_river, with_head, with_float) = OnnxDecoder(plain), map(OnnxDecoder, rivers.values())
+    head = CONFIGS["river.head8"]
     return [
         Variant("backbone (plain model)", backbone),
         Variant("river, exits off", with_river, tau=2.0),
         *(Variant(f"river, tau {tau}", with_river, tau=tau) for tau in TAUS),
         Variant("river, exit depth 4", with_river, tau=2.0, max_depth=4),
         Variant("all 4-bit", with_river, max_depth=0),
+        Variant("river, exit depth 4, 8-bit head", with_head, tau=2.0, max_depth=4, config=head),
+        Variant("all 4-bit, 8-bit head", with_head, max_depth=0, config=head),
         Variant("river, exit depth 4, W4A16", with_float, tau=2.0, max_depth=4),
         Variant("all 4-bit, W4A16", with_float, max_depth=0),
     ]
@@ -129,17 +139,18 @@ def bandwidth() -> float:
     return block.numel() * 4 / min(times)
 
 
-def bytes_per_token(depth: float, layers: int, report_bytes: tuple[int, int, int]) -> float:
+def bytes_per_token(depth: float, layers: int, sizes: tuple[int, int, int]) -> float:
     """Weights read for one token: ``depth`` backbone layers, river layers after them, and the LM head."""
-    backbone, river, head = report_bytes
+    backbone, river, head = sizes
     return depth * backbone / layers + (layers - depth) * river / layers + head
 
 
 def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
-    """Bytes of all backbone layers, of the river, and of the LM head (the tied embedding)."""
+    """Bytes of all backbone layers, of the river, and of the LM head that a token takes after its exit (the tied
+    embedding, or its twin)."""
     from river_compile.api import plan
 
-    planned = plan(plain, config)
+    planned, without_head = plan(plain, config), plan(plain, replace(config, head_bits="float"))
     import onnx
 
     from river_compile.exporters.onnx_file import tensor_bytes
@@ -149,7 +160,8 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
     }
     inside = {name for layer in planned.layers for name in layer.weights}
     head = max(size for name, size in sizes.items() if name not in inside)
-    return sum(sizes[name] for name in inside), planned.report.river_bytes, head
+    river = without_head.report.river_bytes
+    return sum(sizes[name] for name in inside), river, (planned.report.river_bytes - river) or head
 
 
 def draw(rows: list[Variant], layers: int, path: Path) -> None:
@@ -190,7 +202,7 @@ def main() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    plain, river, w4a16 = exported(cache)
+    plain, rivers = exported(cache)
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2(cache / "smollm2"))
     chat = tokenizer.apply_chat_template(
@@ -199,7 +211,7 @@ def main() -> None:
     prompt = tokenizer(chat)["input_ids"]
     passage = tokenizer(PASSAGE)["input_ids"]
     shuffle = random.Random(0)
-    rows = variants(plain, river, w4a16)
+    rows = variants(plain, rivers)
     with timed(f"Generating {arguments.rounds} times {NEW_TOKENS} tokens with each of {len(rows)}, interleaved"):
         for _ in range(arguments.rounds + 1):
             # In a new order each round, since what ran just before leaves its mark on the memory.
@@ -212,7 +224,8 @@ def main() -> None:
 
     layers = rows[1].decoder.layers
     assert layers is not None
-    weights, speed = weigh(plain, RiverConfig()), bandwidth()
+    weights = {config: weigh(plain, config) for config in {row.config for row in rows}}
+    speed = bandwidth()
     table = Table(
         title=f"SmolLM2-135M float32, ONNX Runtime, CPU, batch 1, decode; "
         f"agreement over {len(passage)} tokens; memory {speed / 1e9:.1f} GB/s"
@@ -224,7 +237,7 @@ def main() -> None:
         # The first round is warm-up.
         rate = 1 / statistics.median(row.seconds[1:])
         ratio = statistics.median(base / own for base, own in zip(rows[0].seconds[1:], row.seconds[1:], strict=True))
-        limit = speed / bytes_per_token(depth, layers, weights)
+        limit = speed / bytes_per_token(depth, layers, weights[row.config])
         table.add_row(
             row.name,
             f"{rate:.1f}",
