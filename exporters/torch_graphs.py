@@ -177,6 +177,7 @@ class Recordings:
             self._recordings.append(found)
         if found is not None:
             self._hits += 1
+        if found is not None or self._abandoned:
             return found
         self._misses += 1
         if self._misses > PATIENCE + self._hits // 4:

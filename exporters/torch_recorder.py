@@ -43,14 +43,14 @@ class Recorder(Protocol):
 
 
 class _CudaRecorded:
-    def __init__(self, graph: torch.cuda.CUDAGraph, host: torch.Tensor | None) -> None:
-        self._graph, self._host = graph, host
-        self._copied = torch.cuda.Event()
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, host: torch.Tensor | None) -> None:
+        self._graph, self._device, self._host = graph, device, host
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def replay(self) -> None:
         self._graph.replay()
         if self._host is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
 
     def flag(self) -> float:
         assert self._host is not None
@@ -70,7 +70,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], Sequence[Any]], flag: int | None) -> tuple[Recorded, Sequence[Any]]:
         graph = torch.cuda.CUDAGraph()
@@ -86,4 +86,4 @@ class CudaRecorder:
             finally:
                 # torch.cuda.graph leaves its stream in place where the capture's end fails.
                 torch.cuda.set_stream(before)
-            return _CudaRecorded(graph, host), results
+            return _CudaRecorded(graph, self._device, host), results

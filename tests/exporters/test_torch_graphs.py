@@ -23,10 +23,10 @@ WARMED_UP = WARM + 2
 
 
 class FakeDevice:
-    """The recorders of one backend, what was recorded, and the memory that recorded work changes in place."""
+    """The recorders of one backend, and what was recorded; ``cache`` is what recorded work changes in place."""
 
     def __init__(self) -> None:
-        self.state: list[torch.Tensor] = []
+        self.cache: Any = None
         self.recorders: list[FakeRecorder] = []
         self.replays = self.flags = 0
         self.broken = False
@@ -34,6 +34,11 @@ class FakeDevice:
     @property
     def recorded(self) -> int:
         return sum(len(recorder.work) for recorder in self.recorders)
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return [tensor for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
 
     def recorder(self, device: torch.device) -> FakeRecorder:
         self.recorders.append(FakeRecorder(self))
@@ -51,9 +56,10 @@ class FakeRecorder:
         if self.device.broken:
             raise RuntimeError("operation not permitted when stream is capturing")
         # A capture does nothing, but a CPU cannot know the results' shapes otherwise.
-        before = [tensor.clone() for tensor in self.device.state]
+        state = self.device.state
+        before = [tensor.clone() for tensor in state]
         results, again = run(), run()
-        for tensor, old in zip(self.device.state, before, strict=True):
+        for tensor, old in zip(state, before, strict=True):
             tensor.copy_(old)
         # What lies at the same address twice is no result of this work's own: a view of what it reads.
         own = [
@@ -131,9 +137,6 @@ class Case:
         self.caches = [new_cache(self.model, kind), new_cache(self.model, kind)]
         self.length = 0
         self.decode(length=3, check=False)
-        if kind == "static":
-            layers = self.caches[0].layers
-            self.device.state = [t for layer in layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
     @torch.no_grad()
     def decode(self, depth: int | None = None, length: int = 1, check: bool = True) -> torch.Tensor:
@@ -141,6 +144,7 @@ class Case:
         self.step += 1
         for backend in (self.backend, self.plain):
             backend.max_depth = depth
+        self.device.cache = self.caches[0]
         found = []
         for model, cache in zip((self.compiled, self.compiled_twin), self.caches, strict=True):
             ids = prompt(1, length, seed=self.step)
@@ -223,17 +227,15 @@ def test_another_cache_is_another_recording_and_few_are_kept() -> None:
 def test_two_caches_in_turns_are_two_recordings() -> None:
     case = Case()
     case.new_caches()
-    case.warm_up()
-    first, length, state = case.caches, case.length, case.device.state
+    case.warm_up([None, 1])
+    other, length = case.caches, case.length
     case.new_caches()
-    case.warm_up()
+    case.warm_up([None, 1])
     recorded = case.device.recorded
-    for _ in range(3):
-        first, case.caches = case.caches, first
+    for depth in (1, None, None, 1):
+        other, case.caches = case.caches, other
         length, case.length = case.length, length
-        state, case.device.state = case.device.state, state
-        case.decode(1)
-    case.decode()
+        case.decode(depth)
     assert len(case.device.recorders) == 2
     assert case.device.recorded == recorded
 
@@ -300,9 +302,12 @@ def test_layers_without_a_twin_are_recorded_with_the_river() -> None:
     case = Case(keep_layers=(1, -1), exit_every=2)
     case.new_caches()
     case.warm_up([0, 2, None])
-    for depth in (2, 0, 1, None):
+    before, depths = case.device.replays, (2, 0, None)
+    for depth in depths:
         case.decode(depth)
-    assert not case.notes
+    assert case.device.replays == before + sum(1 + (LAYERS if depth is None else depth) for depth in depths)
+    case.decode(1)
+    assert "without CUDA graphs" not in case.notes
 
 
 def test_what_cannot_be_recorded_is_run_plainly_and_the_reason_is_told() -> None:
@@ -317,14 +322,15 @@ def test_what_cannot_be_recorded_is_run_plainly_and_the_reason_is_told() -> None
 
 def test_generate_with_a_static_cache_is_recorded() -> None:
     case = Case(prefill="backbone")
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
-    expected = case.compiled_twin.generate(prompt(1, 4), **settings)
-    case.compiled.generate(prompt(1, 4), **settings)
-    layers = case.model._cache.layers if hasattr(case.model, "_cache") else []
-    case.device.state = [t for layer in layers for t in (layer.keys, layer.values, layer.cumulative_length)]
-    assert torch.equal(case.compiled.generate(prompt(1, 4), **settings), expected)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    for _ in range(2):
+        case.device.cache = new_cache(case.model, "static")
+        found = case.compiled.generate(prompt(1, 4), past_key_values=case.device.cache, **settings)
+        cache = new_cache(case.model, "static")
+        assert torch.equal(found, case.compiled_twin.generate(prompt(1, 4), past_key_values=cache, **settings))
     assert not case.notes
-    assert case.device.replays
+    assert len(case.device.recorders) == 2
+    assert case.device.replays > 2 * 6 * (LAYERS + 1)
 
 
 def test_on_a_cpu_the_option_has_no_effect_and_says_so() -> None:
