@@ -62,9 +62,10 @@ class CudaRecorder:
     """CUDA graphs over one memory pool.
 
     The flag goes to pinned memory at the end of its graph; the host waits for the event behind it, not for the device.
-    Written to torch's documentation; it has not been run on a GPU yet.
+    Written to torch's documentation; it has not been run on a GPU yet. Before torch 2.12 a capture that fails may leave
+    the allocator's pool open (pytorch#180395), and its memory is kept until the process ends (pytorch#190308).
 
-    Requires: graphs of one pass are recorded in the order in which they are replayed.
+    Requires: graphs of one pass are recorded in the order in which they are replayed, on one stream.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -114,7 +114,7 @@ class FakeRecorded:
 class Case:
     """A random Llama compiled twice: recorded, and plain. Both are fed alike, at addresses that differ each time."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, compiler: Any = as_it_is, **options: Any) -> None:
         torch.compiler.reset()
         self.model = random_model("llama")
         self.twin = copy.deepcopy(self.model)
@@ -123,10 +123,10 @@ class Case:
         self.backend = RiverBackend(
             RiverConfig(cuda_graphs=True, **settings),
             lowering=Dequantized(),
-            compiler=as_it_is,
+            compiler=compiler,
             recorder=self.device.recorder,
         )
-        self.plain = RiverBackend(RiverConfig(**settings), lowering=Dequantized(), compiler=as_it_is)
+        self.plain = RiverBackend(RiverConfig(**settings), lowering=Dequantized(), compiler=compiler)
         self.compiled = torch.compile(self.model, backend=self.backend)
         self.compiled_twin = torch.compile(self.twin, backend=self.plain)
         self.addresses: list[torch.Tensor] = []
@@ -187,6 +187,18 @@ def test_each_depth_is_the_plain_one_and_equals_the_judge_in_any_order() -> None
     cache = copy.deepcopy(case.caches[0])
     expected = judge(prompt(1, 1, seed=case.step + 1), past_key_values=cache, use_cache=True, **positions).logits
     assert_same([case.decode(2)], [expected])
+
+
+@pytest.mark.slow
+def test_pieces_compiled_by_inductor_are_recorded_alike() -> None:
+    case = Case(compiler=None)
+    case.new_caches()
+    case.warm_up([2, None, 0])
+    before = case.device.replays
+    for depth in (None, 0, 2):
+        case.decode(depth)
+    assert case.device.replays == before + LAYERS + 1 + 1 + 3
+    assert not case.notes
 
 
 def test_what_the_caller_holds_is_not_overwritten() -> None:
