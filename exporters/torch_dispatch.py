@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from river_compile.exporters import torch_seam
+from river_compile.exporters.torch_graphs import Pass, Program, Recordings
 from river_compile.exporters.torch_linear import GraphWeights, versions
+from river_compile.exporters.torch_recorder import Recorder
 from river_compile.passes.anatomy import Anatomy
-from river_compile.passes.fx.graph import FxGraph, value_of
+from river_compile.passes.fx.graph import FxGraph, value_of, written_inputs
 from river_compile.passes.fx.grow_river import Product, Twin
 from river_compile.passes.fx.insert_exits import similarity_name
 from river_compile.passes.fx.pieces import Piece, Symbols, signature
@@ -34,6 +36,7 @@ class Controls(Protocol):
     max_depth: int | None
     decode_depths: Counter[int]
     prefill_depths: Counter[int]
+    unrecorded: Counter[str]
 
 
 @dataclass
@@ -98,6 +101,19 @@ class _Call:
 
 
 @dataclass
+class _Segment:
+    """Calls one after the other, and the places of what others read of theirs."""
+
+    calls: tuple[_Call, ...]
+    results: tuple[int, ...]
+
+    def __call__(self, values: list[Any]) -> None:
+        for call in self.calls:
+            for place, result in zip(call.results, call.run(*call.operands(values)), strict=True):
+                values[place] = result
+
+
+@dataclass
 class _Layer:
     """A layer's two calls. ``parameters`` are the places of the weights that the river piece stands for, with what was
     there when it was quantized; ``similarity`` is the place of the similarity, None where no exit is decided."""
@@ -116,6 +132,9 @@ class Dispatcher:
 
     Called with the graph's inputs, it returns what the graph returns. Once the flag is set it stays set for this
     pass (paper, section 3). Layers without a twin always run on the backbone.
+
+    Args:
+        recorder: makes what records decode passes; None: nothing is recorded.
     """
 
     def __init__(
@@ -127,6 +146,7 @@ class Dispatcher:
         weights: GraphWeights,
         controls: Controls,
         artifacts: Artifacts,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self._controls, self._weights, self._points = controls, weights, frozenset(points)
         self._places: dict[str, int] = {}
@@ -141,15 +161,19 @@ class Dispatcher:
         ]
         state = next(value_of(node) for node in graph.steps if node.name == anatomy.layers[0].hidden_out)
         self.is_decode = state.dim() < 3 or state.shape[1] == 1
-        self._prefix = self._call(plan.prefix, artifacts) if plan.prefix else None
+        prefix = (self._call(plan.prefix, artifacts),) if plan.prefix else ()
         self._layers = [
             self._layer(piece, plan.twins.get(index), index, artifacts) for index, piece in enumerate(plan.layers)
         ]
-        self._suffix = self._call(plan.suffix, artifacts) if plan.suffix else None
+        suffix = (self._call(plan.suffix, artifacts),) if plan.suffix else ()
         self._output = graph.output.args[0]
         self._returned = _flat_places(self._output, self._places)
         self._blank: list[Any] = [None] * (len(self._places) - self._inputs)
         self._own = [(place, operand) for place, operand in self._river_operands()]
+        self._program = self._cut(graph, prefix, suffix)
+        self._recordings: Recordings | None = None
+        if recorder is not None and self.is_decode:
+            self._recordings = Recordings(self._program, recorder, state.device, controls.unrecorded)
 
     def __call__(self, *arguments: Any) -> Any:
         values = [*arguments, *self._blank]
@@ -157,35 +181,54 @@ class Dispatcher:
             values[place] = constant
         for place, operand in self._own:
             values[place] = operand
-        if self._prefix is not None:
-            _run(self._prefix, values)
-        depth = self._run_layers(values)
-        if self._suffix is not None:
-            _run(self._suffix, values)
+        this = Pass(self._program, values) if self._recordings is None else self._recordings.begin(values)
+        depth = self._run(this)
         depths = self._controls.decode_depths if self.is_decode else self._controls.prefill_depths
-        depths[depth] += 1
+        depths[depth + sum(layer.river is None for layer in self._layers[depth:])] += 1
         if self._returned is not None:
             return tuple(None if place is None else values[place] for place in self._returned)
         return fx.map_arg(self._output, lambda node: values[self._places[node.name]])
 
-    def _run_layers(self, values: list[Any]) -> int:
-        """Run the layers; how many of them ran on the backbone."""
+    def _run(self, this: Pass) -> int:
+        """Run the graph; after how many layers it went on in the river."""
         tau, limit = self._controls.tau, self._controls.max_depth
         offsets = self._controls.tau_offsets
-        limit = len(self._layers) if limit is None else limit
+        limit = len(self._layers) if limit is None else min(limit, len(self._layers))
         depth = 0
-        exited = limit == 0
-        for index, layer in enumerate(self._layers):
-            if (exited or index >= limit) and layer.river is not None:
-                if not _unchanged(layer, values):
-                    self._refresh(layer, values)
-                _run(layer.river, values)
-                continue
-            _run(layer.backbone, values)
+        while depth < limit:
+            this.head(depth)
             depth += 1
-            if layer.similarity is not None and not exited:
-                exited = values[layer.similarity].item() > tau + (offsets[index] if offsets else 0.0)
+            threshold = tau + (offsets[depth - 1] if offsets else 0.0)
+            # Where the next layer is the river's anyway, waiting for the similarity would be for nothing.
+            if (
+                depth < limit
+                and self._layers[depth - 1].similarity is not None
+                and this.similarity(depth - 1) > threshold
+            ):
+                break
+        for layer in self._layers[depth:]:
+            if layer.river is not None and not _unchanged(layer, this.values):
+                self._refresh(layer, this.values)
+        this.tail(depth)
         return depth
+
+    def _cut(self, graph: FxGraph, prefix: tuple[_Call, ...], suffix: tuple[_Call, ...]) -> Program:
+        """The program; a piece that is compiled once stands in as many segments as there are ways to come to it."""
+        count = len(self._layers)
+        returned = tuple(dict.fromkeys(self._places[node.name] for node in graph.results))
+        heads, tails = [], []
+        for index, layer in enumerate(self._layers):
+            calls = (*(prefix if index == 0 else ()), layer.backbone)
+            heads.append(_Segment(calls, tuple(place for call in calls for place in call.results)))
+        for depth in range(count + 1):
+            river = [layer.river or layer.backbone for layer in self._layers[depth:]]
+            calls = (*(prefix if depth == 0 else ()), *river, *suffix)
+            written = {place for call in calls for place in call.results}
+            tails.append(_Segment(calls, tuple(place for place in returned if place in written)))
+        written_names = written_inputs(graph)
+        names = tuple(node.name for node in graph.placeholders)
+        fixed = frozenset(i for i, name in enumerate(names) if name in written_names or name in graph.weights)
+        return Program(heads, tails, [layer.similarity for layer in self._layers], returned, names, fixed)
 
     def _refresh(self, layer: _Layer, values: list[Any]) -> None:
         """Quantize the weights that the model has now: they were exchanged or changed since."""
@@ -197,6 +240,8 @@ class Dispatcher:
         layer.state = versions(layer.expected)
         fresh = {place: values[place] for places in layer.products for place in places}
         self._own = [(place, fresh.get(place, operand)) for place, operand in self._own]
+        if self._recordings is not None:
+            self._recordings.forget_tails()
 
     def _place(self, name: str) -> int:
         return self._places.setdefault(name, len(self._places))
@@ -227,11 +272,6 @@ class Dispatcher:
             for places, (product, _) in layer.products.items():
                 found += list(zip(places, self._weights.operands(product), strict=True))
         return found
-
-
-def _run(call: _Call, values: list[Any]) -> None:
-    for place, result in zip(call.results, call.run(*call.operands(values)), strict=True):
-        values[place] = result
 
 
 def _unchanged(layer: _Layer, values: list[Any]) -> bool:

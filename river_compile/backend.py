@@ -17,6 +17,7 @@ from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters import torch_generate, torch_seam
 from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch_linear import GraphWeights, Lowering, Store, lowering_for, quantizer
+from river_compile.exporters.torch_recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch_single_row import lower_single_rows
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
@@ -40,6 +41,7 @@ class RiverBackend:
         lowering: how quantized weights are multiplied; the device's fastest if None.
         compiler: compiles a piece, or a whole graph that gets no river; Inductor if None.
         store: where river weights are held; backends that share one hold each weight once.
+        recorder: makes, for a device, what records decode passes if ``cuda_graphs`` is set; CUDA graphs if None.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RiverBackend:
         lowering: Lowering | None = None,
         compiler: Callable[[fx.GraphModule, Sequence[Any]], Compiled] | None = None,
         store: Store | None = None,
+        recorder: Callable[[torch.device], Recorder] | None = None,
     ) -> None:
         self.config = config or RiverConfig()
         self.tau: float = self.config.tau
@@ -56,6 +59,8 @@ class RiverBackend:
         self.max_depth: int | None = self.config.max_depth
         self.decode_depths: Counter[int] = Counter()
         self.prefill_depths: Counter[int] = Counter()
+        self.unrecorded: Counter[str] = Counter()
+        self._recorder = recorder
         self._lowering = lowering
         self._artifacts = Artifacts(compiler or torch_seam.compile_piece)
         self._compile_whole = compiler or torch_seam.compile_whole
@@ -102,7 +107,10 @@ class RiverBackend:
             backbone_bytes=sum(parameter.nbytes for parameter in parameters),
             replaced_bytes=sum(parameter.nbytes for parameter in list(self._replaced.keys())),
             river_bytes=self._store.nbytes(parameters),
-            notes=tuple(self._notes),
+            notes=(
+                *self._notes,
+                *(f"runs without CUDA graphs, {n} graphs: {why}" for why, n in self.unrecorded.items()),
+            ),
             fallbacks=dict(self._fallbacks),
         )
 
@@ -131,7 +139,8 @@ class RiverBackend:
                 lower_single_rows(piece, list(parameters))
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._graphs)
-        dispatcher = Dispatcher(graph, anatomy, plan, points, weights, self, self._artifacts)
+        recorder = self._recorder_for(device)
+        dispatcher = Dispatcher(graph, anatomy, plan, points, weights, self, self._artifacts, recorder)
         self._layers = len(anatomy.layers)
         self._river_layers = max(self._river_layers, len(grown.twins))
         self._graphs += 1
@@ -169,6 +178,17 @@ class RiverBackend:
         if self.config.prefill == "auto":
             return rows is not None and rows <= lowering.max_rows
         return self.config.prefill == "river"
+
+    def _recorder_for(self, device: torch.device) -> Callable[[], Recorder] | None:
+        if not self.config.cuda_graphs:
+            return None
+        make = self._recorder
+        if make is not None:
+            return lambda: make(device)
+        if device.type == "cuda":
+            return lambda: CudaRecorder(device)
+        self._notes[f"cuda_graphs has no effect on a {device.type} device"] = None
+        return None
 
     def _fall_back(self, module: fx.GraphModule, inputs: Sequence[Any], error: RiverError) -> Compiled:
         if self.config.strict:

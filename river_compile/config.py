@@ -61,6 +61,9 @@ class RiverConfig:
         prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
             every layer), or "auto" (river only for prompts so short that its products are faster there).
         strict: raise where a compiled model would fall back to the plain backend.
+        cuda_graphs: whether torch.compile, on CUDA, runs decode passes as CUDA graphs, one a backbone layer and one for
+            the river after each exit depth; they need a static cache and masks of one size. Off by default: it has not
+            been run on a GPU yet.
     """
 
     tau: float = 0.9
@@ -82,6 +85,7 @@ class RiverConfig:
     dump_dir: Path | None = None
     prefill: str = "auto"
     strict: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
@@ -94,15 +98,14 @@ class RiverConfig:
         self._check_bits()
         if self.group_size not in GROUP_SIZES:
             raise ConfigError("group_size", f"must be one of {GROUP_SIZES}, not {self.group_size!r}")
-        if self.activations not in ACTIVATIONS:
-            raise ConfigError("activations", f"must be one of {', '.join(ACTIVATIONS)}, not {self.activations!r}")
-        if self.prefill not in PREFILLS:
-            raise ConfigError("prefill", f"must be one of {', '.join(PREFILLS)}, not {self.prefill!r}")
+        named = {"activations": ACTIVATIONS, "prefill": PREFILLS, "kv_policy": KV_POLICIES}
+        for field, names in named.items():
+            if (value := getattr(self, field)) not in names:
+                raise ConfigError(field, f"must be one of {', '.join(names)}, not {value!r}")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ConfigError("cuda_graphs", f"must be True or False, not {self.cuda_graphs!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
-
-        if self.kv_policy not in KV_POLICIES:
-            raise ConfigError("kv_policy", f"must be one of {', '.join(KV_POLICIES)}, not {self.kv_policy!r}")
         if self.tau_offsets is not None:
             object.__setattr__(self, "tau_offsets", tuple(map(float, self.tau_offsets)))
             if any(map(math.isnan, self.tau_offsets)):

@@ -29,6 +29,7 @@ from river_compile.errors import ConfigError, RiverError
         ("group_size", 48),
         ("activations", "int4"),
         ("quantizer", ""),
+        ("cuda_graphs", 1),
     ],
 )
 def test_a_wrong_value_is_an_error_that_names_the_field(field: str, value: Any) -> None:

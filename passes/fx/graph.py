@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["FxGraph", "import_graph", "operands", "operation", "root_of", "symbols_of", "value_of", "written_roots"]
+__all__ = [
+    "FxGraph",
+    "import_graph",
+    "operands",
+    "operation",
+    "root_of",
+    "symbols_of",
+    "value_of",
+    "written_inputs",
+    "written_roots",
+]
 
 _IN_PLACE = re.compile(r"[a-z0-9]_$")
 _VIEWS = {
@@ -122,6 +132,40 @@ def written_roots(node: fx.Node) -> list[fx.Node]:
         return [root_of(target)] if isinstance(target, fx.Node) else []
     out = node.kwargs.get("out")
     return [root_of(out)] if isinstance(out, fx.Node) else []
+
+
+def written_inputs(graph: FxGraph) -> frozenset[str]:
+    """Names of the inputs that the graph may write in place; an operation that is not torch's own may write all it
+    reads."""
+    written = []
+    for node in graph.steps:
+        written += written_roots(node)
+        if _is_foreign(node.target):
+            written += [root_of(operand) for operand in operands(node)]
+    names = {node.name for node in written}
+    memory = {found for node in written for found in _memory_of(value_of(node))}
+    return frozenset(
+        node.name
+        for node in graph.placeholders
+        if node.name in names or not memory.isdisjoint(_memory_of(value_of(node)))
+    )
+
+
+def _is_foreign(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        return True
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return not str(target).startswith(("aten.", "prims."))
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def _memory_of(value: Any) -> list[int]:
+    """What two values of a graph have in common iff one is a view of the other's memory."""
+    if isinstance(value, (tuple, list)):
+        return [found for item in value for found in _memory_of(item)]
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return []
+    return [value.untyped_storage()._cdata]
 
 
 def root_of(node: fx.Node) -> fx.Node:
