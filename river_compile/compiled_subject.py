@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from river_compile.backend import RiverBackend
+from river_compile.backend import RiverBackend, tune, tuned_digest
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra, RiverError
+from river_compile.exporters.torch_linear import quantizer
+from river_compile.passes.quantizer import ActivationAware
 from river_compile.subjects import BACKBONE, Reading, Setting, TorchSubject
+from river_compile.tuning import Progress, Tuning
 
 __all__ = ["DTYPES", "CompiledSubject"]
 
@@ -86,18 +89,23 @@ class CompiledSubject:
         name = folder.name or str(folder)
         return cls(load_decoder(folder, getattr(torch, dtype)), config, capacity=capacity, name=name)
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model in eager mode."""
-        found: torch.nn.Module = self._model
-        return found
+    def tune(self, tuning: Tuning, progress: Progress) -> None:
+        """Make the river weights on texts, if the quantizer is one that wants it.
+
+        Raises:
+            ConfigError: there is no such quantizer.
+            InputError: the texts cannot be used.
+        """
+        config = self._backend.config
+        if isinstance(quantizer(config.quantizer), ActivationAware):
+            tune(self._model, tuning.ids_for(self.vocabulary), config, progress=progress)
 
     @property
     def details(self) -> dict[str, str]:
         return self._eager.details
 
     def fingerprint(self) -> str:
-        return self._eager.fingerprint()
+        return f"{self._eager.fingerprint()} {tuned_digest(self._model)}"
 
     def read(self, ids: np.ndarray, setting: Setting, *, stepwise: bool) -> Reading:
         """Read one document, see `Subject`; ``stepwise`` makes a difference for the backbone only.

@@ -198,7 +198,7 @@ def evaluate(
     """
     progress = progress or (lambda step, done, total: None)
     settings = _settings(taus, depths)
-    subject = subject_of(model, threads, config, dtype, max_tokens)
+    subject = subject_of(model, threads, config, dtype, max_tokens, tokenizer, progress)
     if any(depth > subject.layers for depth in depths):
         raise ConfigError("depths", f"{max(depths)} is more than the model's {subject.layers} layers")
     pieces = tokenize(chosen_texts(texts, "heldout"), tokenizer, subject.vocabulary, max_tokens)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from river_compile.config import RiverConfig
+    from river_compile.fidelity import TextTokenizer
 
 __all__ = ["BACKBONE", "OnnxSubject", "Reading", "Setting", "Subject", "TorchSubject", "subject_of"]
 
@@ -228,7 +229,13 @@ class TorchSubject:
 
 
 def subject_of(
-    model: Any, threads: int | None, config: RiverConfig | None, dtype: str | None, capacity: int
+    model: Any,
+    threads: int | None,
+    config: RiverConfig | None,
+    dtype: str | None,
+    capacity: int,
+    tokenizer: TextTokenizer,
+    progress: Callable[[str, int, int], None],
 ) -> Subject:
     """The subject of what `evaluate` takes as a model; its arguments are described there.
 
@@ -247,10 +254,13 @@ def subject_of(
         _refuse("is not for a subject, which has its own", config=config, dtype=dtype, threads=threads)
         return model  # type: ignore[no-any-return]
     from river_compile.compiled_subject import DTYPES, CompiledSubject
+    from river_compile.tuning import Tuning
 
     _refuse("is ONNX Runtime's; torch takes OMP_NUM_THREADS", threads=threads)
     if named:
-        return CompiledSubject.load(Path(model), config, dtype=dtype or DTYPES[0], capacity=capacity)
+        subject = CompiledSubject.load(Path(model), config, dtype=dtype or DTYPES[0], capacity=capacity)
+        subject.tune(Tuning(tokenizer), progress)
+        return subject
     _refuse("is for a folder; a module has its own", dtype=dtype)
     return CompiledSubject(model, config, capacity=capacity)
 
