@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -13,9 +13,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.errors import RiverError
 from river_compile.passes.fx.grow_river import Product
-from river_compile.passes.quantizer import QuantizedWeight, Quantizer
+from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer
 
-__all__ = ["Dequantized", "GraphWeights", "Int4Cpu", "Int4Cuda", "Lowering", "RoundToNearest", "Store", "lowering_for"]
+if TYPE_CHECKING:
+    from river_compile.exporters.torch_tuning import Tuned
+
+__all__ = [
+    "Dequantized",
+    "GraphWeights",
+    "Grid",
+    "Int4Cpu",
+    "Int4Cuda",
+    "Lowering",
+    "RoundToNearest",
+    "Store",
+    "lowering_for",
+]
+
+Grid = tuple[int, int]
+"""Bits and group size."""
 
 
 class RoundToNearest:
@@ -233,16 +249,24 @@ def lowering_for(device: torch.device) -> Lowering:
 class Store:
     """River weights, each held once however many graphs use it, for as long as the parameters live.
 
-    A weight that was changed in place since is quantized anew.
+    A weight that was changed in place or tuned anew since is quantized anew.
+
+    Args:
+        tuned: where activation-aware quantizers find their weights; without it they raise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tuned: Tuned | None = None) -> None:
+        self._tuned = tuned
         self._held: MutableMapping[torch.Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
 
     def get(
         self, parameters: Sequence[torch.Tensor], product: Product, lowering: Lowering, chosen: Quantizer
     ) -> tuple[torch.Tensor, ...]:
-        """The operands of a product with these parameters, made on first use."""
+        """The operands of a product with these parameters, made on first use.
+
+        Raises:
+            ConfigError: the quantizer is activation-aware, and a parameter was not tuned.
+        """
         layout = tuple(linear.transposed for linear in product.linears)
         key = (
             tuple(map(id, parameters[1:])),
@@ -253,10 +277,12 @@ class Store:
             chosen.name,
         )
         state = versions(parameters)
+        if self._tuned is not None and isinstance(chosen, ActivationAware):
+            state += tuple(map(self._tuned.stamp, parameters))
         held = self._held.setdefault(parameters[0], {})
         if key not in held or held[key][0] != state or any(ref() is None for ref in held[key][1]):
             others = [weakref.ref(parameter) for parameter in parameters[1:]]
-            held[key] = (state, others, _quantize(parameters, product, lowering, chosen))
+            held[key] = (state, others, _quantize(parameters, product, lowering, chosen, self._tuned))
         operands: tuple[torch.Tensor, ...] = held[key][2]
         return operands
 
@@ -272,10 +298,18 @@ def versions(parameters: Sequence[torch.Tensor]) -> tuple[int, ...]:
 
 
 def _quantize(
-    parameters: Sequence[torch.Tensor], product: Product, lowering: Lowering, chosen: Quantizer
+    parameters: Sequence[torch.Tensor],
+    product: Product,
+    lowering: Lowering,
+    chosen: Quantizer,
+    tuned: Tuned | None,
 ) -> tuple[torch.Tensor, ...]:
     parts = []
     for parameter, linear in zip(parameters, product.linears, strict=True):
+        if tuned is not None and isinstance(chosen, ActivationAware):
+            grid = (product.bits, product.group_size)
+            parts.append(tuned.find(parameter, chosen.name, linear.transposed, grid))
+            continue
         weight = parameter.detach().to("cpu", torch.float32)
         matrix = weight.T if linear.transposed else weight
         parts.append(chosen.quantize(matrix.contiguous().numpy(), product.bits, product.group_size))

@@ -7,7 +7,7 @@ from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
-    from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats
+    from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats, tune
     from river_compile.calibration import Calibration, calibrate
     from river_compile.evaluation import Evaluation, evaluate
     from river_compile.report import Stats
@@ -32,6 +32,7 @@ __all__ = [
     "set_max_depth",
     "set_tau",
     "stats",
+    "tune",
 ]
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ _HOME = {
     "set_max_depth": "backend",
     "set_tau": "backend",
     "stats": "backend",
+    "tune": "backend",
 }
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,6 +20,7 @@ from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch_linear import GraphWeights, Lowering, Store, lowering_for, quantizer
 from river_compile.exporters.torch_recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch_single_row import lower_single_rows
+from river_compile.exporters.torch_tuning import Tuned, tune_weights
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
@@ -26,9 +28,10 @@ from river_compile.passes.fx.grow_river import River, grow_river
 from river_compile.passes.fx.insert_exits import insert_exits
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
+from river_compile.passes.quantizer import ActivationAware
 from river_compile.report import Stats
 
-__all__ = ["RiverBackend", "reset_stats", "river", "set_max_depth", "set_tau", "stats"]
+__all__ = ["RiverBackend", "reset_stats", "river", "set_max_depth", "set_tau", "stats", "tune", "tuned_digest"]
 
 Compiled = Callable[..., Any]
 
@@ -40,7 +43,8 @@ class RiverBackend:
         config: the settings; the defaults if None.
         lowering: how quantized weights are multiplied; the device's fastest if None.
         compiler: compiles a piece, or a whole graph that gets no river; Inductor if None.
-        store: where river weights are held; backends that share one hold each weight once.
+        store: where river weights are held; backends that share one hold each weight once. One of its own if None,
+            with what `tune` has made.
         recorder: makes, for a device, what records decode passes if ``cuda_graphs`` is set; CUDA graphs if None.
     """
 
@@ -64,7 +68,7 @@ class RiverBackend:
         self._lowering = lowering
         self._artifacts = Artifacts(compiler or torch_seam.compile_piece)
         self._compile_whole = compiler or torch_seam.compile_whole
-        self._store = store if store is not None else Store()
+        self._store = store if store is not None else Store(_registry.tuned)
         self._parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
         self._replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
         self._fallbacks: Counter[str] = Counter()
@@ -227,10 +231,12 @@ def _dump(config: RiverConfig, graph: FxGraph, plan: Plan, number: int) -> None:
 
 
 class _Registry:
-    """The backends behind ``backend="river"``: one for each set of parameters and config, all over one store."""
+    """The backends behind ``backend="river"``: one for each set of parameters and config, all over one store; and the
+    weights that were tuned."""
 
     def __init__(self) -> None:
-        self.store = Store()
+        self.tuned = Tuned()
+        self.store = Store(self.tuned)
         self._of_parameter: MutableMapping[torch.Tensor, list[RiverBackend]] = WeakTensorKeyDictionary()
 
     def backend_for(self, inputs: Sequence[Any], config: RiverConfig) -> RiverBackend:
@@ -316,6 +322,56 @@ def set_max_depth(model: torch.nn.Module, max_depth: int | None) -> None:
     RiverConfig(max_depth=max_depth)
     for backend in _backends_of(model):
         backend.max_depth = max_depth
+
+
+def tune(
+    model: torch.nn.Module,
+    ids: Sequence[np.ndarray | torch.Tensor],
+    config: RiverConfig | None = None,
+    *,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> int:
+    """Quantize a model's decoder layers for the inputs that they meet on texts, for a river whose quantizer wants it.
+
+    The model itself stays as it is. The river weights are kept with its parameters, a byte for each weight, and every
+    compilation with this quantizer and grid takes them from there; graphs compiled before stay as they are.
+
+    Args:
+        model: a causal language model of transformers in eval mode; one compiled already is run as the original.
+        ids: token ids of texts, int64 [tokens] each: none that a threshold is calibrated or a figure reported on.
+        config: its quantizer, bits and group size; ``quantizer="gptq"`` if None.
+        progress: is told the step, what is done and how much there is.
+
+    Returns:
+        How many weights were quantized.
+
+    Raises:
+        ConfigError: the quantizer needs no tuning, or there is no such quantizer.
+        InputError: the model has no decoder layers or is in training mode, or the texts cannot be used.
+    """
+    from river_compile.reference.stack import find_stack
+
+    config = config or RiverConfig(quantizer="gptq")
+    chosen = quantizer(config.quantizer)
+    if not isinstance(chosen, ActivationAware):
+        raise ConfigError("quantizer", f"{chosen.name!r} looks at weights alone and needs no tuning; 'gptq' does")
+    model = getattr(model, "_orig_mod", model)
+    if model.training:
+        raise InputError("the model is in training mode; call model.eval()")
+    path, stack = find_stack(model)
+    kept = config.kept(len(stack))
+    bits: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
+    for name, parameter in stack.named_parameters():
+        layer = int(name.partition(".")[0])
+        wanted = config.bits_of(f"{path}.{name.rpartition('.')[0]}", f"layers.{layer}")
+        if wanted is not None and layer not in kept:
+            bits[parameter] = wanted
+    return tune_weights(_registry.tuned, model, bits, config.group_size, ids, chosen, progress)
+
+
+def tuned_digest(model: torch.nn.Module) -> str:
+    """A hash of the weights that were tuned for a model."""
+    return _registry.tuned.digest(model.parameters())
 
 
 def _backends_of(model: torch.nn.Module) -> list[RiverBackend]:

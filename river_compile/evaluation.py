@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.fidelity import (
     Document,
@@ -26,7 +28,10 @@ from river_compile.fidelity import (
     vector_cosines,
 )
 from river_compile.readings import Readings
-from river_compile.subjects import BACKBONE, OnnxSubject, Reading, Setting, Subject
+from river_compile.subjects import BACKBONE, Reading, Setting, Subject, subject_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["ALL_RIVER", "DEFAULT_TAUS", "Evaluation", "SettingResult", "Speed", "TokenTrace", "evaluate"]
 
@@ -149,7 +154,7 @@ def _plain(value: object) -> object:
 
 
 def evaluate(
-    model: str | Path | Subject,
+    model: str | Path | nn.Module | Subject,
     texts: Sequence[str | Path] | Sequence[Document] | None,
     tokenizer: TextTokenizer,
     *,
@@ -161,15 +166,19 @@ def evaluate(
     speed_rounds: int = 3,
     cache: Path | None = None,
     threads: int | None = None,
+    config: RiverConfig | None = None,
+    dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a river model against its own backbone, teacher-forced.
 
     Settings with a threshold are read token by token, since each token decides for itself; forced depths in one pass a
-    document. Every reading is cached by model, text and setting, so that an interrupted run goes on where it stopped.
+    document, save by a compiled river, which decodes. Every reading is cached by model, text and setting, so that an
+    interrupted run goes on where it stopped.
 
     Args:
-        model: an exported river model, or any `Subject`.
+        model: an exported river model; a Hugging Face decoder (a folder or a module), compiled with a river by
+            ``torch.compile``; or any `Subject`.
         texts: files (text, or JSONL of prompts) or documents; None: the held-out texts that come with the package.
         taus: thresholds to measure.
         depths: forced exit depths to measure; 0 is all river.
@@ -178,6 +187,10 @@ def evaluate(
         speed_rounds: interleaved rounds of timed decoding of up to 48 tokens; 0: no timing.
         cache: a folder for the readings; None: nothing is kept.
         threads: of ONNX Runtime, if ``model`` is a file; its own choice if None.
+        config: of the river of a Hugging Face decoder; its ``tau`` and ``max_depth`` give way to those measured. A
+            folder's river is tuned on the package's tuning texts where the quantizer needs it; a module is tuned by
+            `river_compile.tune` before.
+        dtype: that a folder's model is read in, "bfloat16" (if None), "float16" or "float32".
 
     Raises:
         InputError: model, texts or tokenizer cannot be used, or do not belong together.
@@ -185,7 +198,7 @@ def evaluate(
     """
     progress = progress or (lambda step, done, total: None)
     settings = _settings(taus, depths)
-    subject = OnnxSubject(model, threads) if isinstance(model, (str, Path)) else model
+    subject = subject_of(model, threads, config, dtype, max_tokens, tokenizer, progress)
     if any(depth > subject.layers for depth in depths):
         raise ConfigError("depths", f"{max(depths)} is more than the model's {subject.layers} layers")
     pieces = tokenize(chosen_texts(texts, "heldout"), tokenizer, subject.vocabulary, max_tokens)

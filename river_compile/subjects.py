@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from river_compile.errors import InputError
+from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKBONE", "OnnxSubject", "Reading", "Setting", "Subject", "TorchSubject"]
+    from river_compile.config import RiverConfig
+    from river_compile.fidelity import TextTokenizer
+
+__all__ = ["BACKBONE", "OnnxSubject", "Reading", "Setting", "Subject", "TorchSubject", "subject_of"]
 
 NEVER = 2.0
 
@@ -202,18 +205,18 @@ class TorchSubject:
         logits, depths, seconds, states = [], [], [], []
         with torch.no_grad():
             for part in _passes(ids, stepwise):
-                tokens = torch.from_numpy(part[None])
+                tokens = torch.from_numpy(part[None]).to(self._model.device)
                 started = time.perf_counter()
                 if setting == BACKBONE or self._river is None:
                     output, depth = self._backbone(tokens, cache), self.layers
-                    states.append(np.stack([state[0].float().numpy() for state in output.hidden_states]))
+                    states.append(np.stack([state[0].float().cpu().numpy() for state in output.hidden_states]))
                 else:
                     output, depth = self._river(tokens, cache, setting)
-                logits.append(output.logits[0].float().numpy())
+                logits.append(output.logits[0].float().cpu().numpy())
                 seconds.append(time.perf_counter() - started)
                 depths += [depth] * len(part)
-        keys = [layer.keys[0].float().numpy() for layer in cache.layers]
-        values = [layer.values[0].float().numpy() for layer in cache.layers]
+        keys = [layer.keys[0].float().cpu().numpy() for layer in cache.layers]
+        values = [layer.values[0].float().cpu().numpy() for layer in cache.layers]
         reading = Reading(np.concatenate(logits), np.array(depths, np.int64), keys, values, None, seconds)
         if states:
             # The last hidden state that transformers returns lies behind the final norm: it is no layer's output.
@@ -223,6 +226,49 @@ class TorchSubject:
 
     def _backbone(self, tokens: torch.Tensor, cache: Any) -> Any:
         return self._model(input_ids=tokens, past_key_values=cache, use_cache=True, output_hidden_states=True)
+
+
+def subject_of(
+    model: Any,
+    threads: int | None,
+    config: RiverConfig | None,
+    dtype: str | None,
+    capacity: int,
+    tokenizer: TextTokenizer,
+    progress: Callable[[str, int, int], None],
+) -> Subject:
+    """The subject of what `evaluate` takes as a model; its arguments are described there.
+
+    Args:
+        capacity: tokens of the longest document.
+
+    Raises:
+        ConfigError: a setting is given that this kind of model has not.
+        InputError, MissingExtra: as the subject that is made.
+    """
+    named = isinstance(model, (str, Path))
+    if named and not Path(model).is_dir():
+        _refuse("is of a Hugging Face model; an exported river model has its own", config=config, dtype=dtype)
+        return OnnxSubject(model, threads)
+    if not named and hasattr(model, "read"):
+        _refuse("is not for a subject, which has its own", config=config, dtype=dtype, threads=threads)
+        return model  # type: ignore[no-any-return]
+    from river_compile.compiled_subject import DTYPES, CompiledSubject
+    from river_compile.tuning import Tuning
+
+    _refuse("is ONNX Runtime's; torch takes OMP_NUM_THREADS", threads=threads)
+    if named:
+        subject = CompiledSubject.load(Path(model), config, dtype=dtype or DTYPES[0], capacity=capacity)
+        subject.tune(Tuning(tokenizer), progress)
+        return subject
+    _refuse("is for a folder; a module has its own", dtype=dtype)
+    return CompiledSubject(model, config, capacity=capacity)
+
+
+def _refuse(why: str, **given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(name, why)
 
 
 def _passes(ids: np.ndarray, stepwise: bool) -> list[np.ndarray]:

@@ -58,7 +58,13 @@ class Tuning:
             InputError: a text is too short, or the tokenizer is another model's.
         """
         shapes = [value.type.tensor_type.shape.dim for value in model.graph.output if value.name == "logits"]
-        vocabulary = shapes[0][-1].dim_value if shapes and len(shapes[0]) else 0
+        return self.ids_for(shapes[0][-1].dim_value if shapes and len(shapes[0]) else 0)
+
+    def ids_for(self, vocabulary: int) -> list[np.ndarray]:
+        """Token ids of the texts for a model of that vocabulary, int64 [tokens] each; 0 if it is not known.
+
+        Raises: as `ids`.
+        """
         documents = shipped_texts("tuning") if self.texts is None else self.texts
         pieces = tokenize(documents, self.tokenizer, vocabulary or self.tokenizer.vocabulary, _MAX_TOKENS)
         return [piece.ids for piece in pieces]

@@ -12,15 +12,16 @@ from torch import fx
 from river_compile.passes.fx.graph import operation, value_of
 from river_compile.passes.fx.pieces import Piece
 
-__all__ = ["Linear", "find_linears"]
+__all__ = ["FORMS", "Linear", "find_linears"]
 
-# Operation -> places of activation, weight and bias, and whether the weight is [outputs, inputs].
-_FORMS: dict[str, tuple[int, int, int | None, bool]] = {
+FORMS: dict[str, tuple[int, int, int | None, bool]] = {
     "linear": (0, 1, 2, True),
     "addmm": (1, 2, 0, False),
     "mm": (0, 1, None, False),
     "matmul": (0, 1, None, False),
 }
+"""Operation -> places of activation, weight and bias, and whether the weight is [outputs, inputs]."""
+
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 _ROOT = re.compile(r"^L(\[[^\]]*\]|__self__)*\.?")
 
@@ -71,9 +72,9 @@ def module_name(node: fx.Node) -> str | None:
 
 
 def _as_linear(node: fx.Node, known: dict[fx.Node, str], name: str) -> Linear | None:
-    if node.op not in ("call_function", "call_method") or operation(node) not in _FORMS:
+    if node.op not in ("call_function", "call_method") or operation(node) not in FORMS:
         return None
-    of_activation, of_weight, of_bias, transposed = _FORMS[operation(node)]
+    of_activation, of_weight, of_bias, transposed = FORMS[operation(node)]
     arguments = list(node.args) + [node.kwargs[key] for key in ("weight", "mat2", "other") if key in node.kwargs]
     if len(arguments) <= of_weight or node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return None

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Examples:
   river-eval model.river.onnx --tokenizer hf_folder
   river-eval model.river.onnx --tokenizer hf_folder --tau 0.95,0.9 --html report.html
   river-eval model.river.onnx --tokenizer hf_folder --texts book.txt --texts prompts.jsonl --json
+  river-eval hf_folder --quantizer lsq --tau 0.97
 """
 
 
@@ -53,7 +55,15 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 @click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--tokenizer", metavar="FOLDER", required=True, help="Folder or hub name of the model's tokenizer.")
+@click.option(
+    "--tokenizer", metavar="FOLDER", help="Folder or hub name of the tokenizer.  [default: MODEL if a folder]"
+)
+@click.option("--quantizer", metavar="NAME", help="Of the river, if MODEL is a folder.  [default: rtn]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Type to read the model in, if it is a folder.  [default: bfloat16]",
+)
 @click.option(
     "--texts",
     multiple=True,
@@ -91,7 +101,9 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.version_option(__version__, prog_name="river-eval")
 def main(
     model: Path,
-    tokenizer: str,
+    tokenizer: str | None,
+    quantizer: str | None,
+    dtype: str | None,
     texts: tuple[Path, ...],
     tau: tuple[float, ...] | None,
     depths: tuple[int, ...],
@@ -110,8 +122,9 @@ def main(
 ) -> None:
     """Measure a river model against its own backbone, teacher-forced.
 
-    MODEL is an exported river model. The table shows, for each threshold and forced depth: top-1 agreement, top-5
-    overlap, KL divergence, perplexity, cosine of K and V, exit depth and speed.
+    MODEL is an exported river model, or a folder of a Hugging Face decoder, which is compiled with a river by PyTorch.
+    The table shows, for each threshold and forced depth: top-1 agreement, top-5 overlap, KL divergence, perplexity,
+    cosine of K and V, exit depth and speed.
     """
     from river_compile.evaluation import DEFAULT_TAUS, evaluate
     from river_compile.fidelity import load_tokenizer
@@ -121,11 +134,17 @@ def main(
     for path in (html, output):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path}: there is no such folder")
+    if not model.is_dir():
+        for name, value in (("quantizer", quantizer), ("dtype", dtype)):
+            if value is not None:
+                raise ConfigError(name, f"only for a folder of a Hugging Face decoder; {model} is none")
+        if tokenizer is None:
+            raise InputError(f"{model}: its tokenizer is not in it; name a folder with --tokenizer")
     with progress_bars(quiet or as_json) as progress:
         result = evaluate(
             model,
             texts or None,
-            load_tokenizer(tokenizer),
+            load_tokenizer(tokenizer or model),
             taus=DEFAULT_TAUS if tau is None else tau,
             depths=depths,
             max_tokens=max_tokens,
@@ -133,6 +152,8 @@ def main(
             confidence=confidence,
             speed_rounds=speed_rounds,
             threads=threads,
+            config=None if quantizer is None else RiverConfig(quantizer=quantizer),
+            dtype=dtype,
             cache=None if no_cache else cache or default_cache(),
             progress=progress,
         )

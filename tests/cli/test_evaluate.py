@@ -14,8 +14,11 @@ from click.testing import CliRunner, Result
 import river_compile
 from river_compile.cli.evaluate import main
 from river_compile.config import RiverConfig
+from river_compile.exporters import torch_seam
 from river_compile.sensitivity import measure_sensitivity
 from tests.families import LAYERS, VOCABULARY
+from tests.torch_models import as_it_is
+from tests.words import save_word_model
 
 TEXT = "w5 w6 w7 w8 w9 w100 w20 w30 w4 w50"
 # The tokenizer's own template adds one.
@@ -119,6 +122,8 @@ def test_the_page_is_whole_and_loads_nothing(folder: Path, exported: Callable[[s
         (("--tau", "1.5"), {}, "tau: must lie in [-1, 1]"),
         (("--depths", "x"), {}, "depths: 'x' is no list of whole numbers"),
         (("--depths", "9"), {}, "depths: 9 is more than the model's 4 layers"),
+        (("--quantizer", "lsq"), {}, "quantizer: only for a folder"),
+        (("--dtype", "float32"), {}, "dtype: only for a folder"),
         ((), {"tokenizer": "foreign"}, "do not belong together"),
         ((), {"tokenizer": "missing"}, "no tokenizer"),
         ((), {"texts": ("missing.txt",)}, "No such file"),
@@ -155,3 +160,27 @@ def test_readings_are_kept_where_the_user_says(folder: Path, tmp_path: Path) -> 
     assert first.stdout == second.stdout
     # Similarities, one threshold, all river.
     assert len(list((tmp_path / "kept").glob("*.npz"))) == 3
+
+
+def test_a_folder_is_compiled_and_its_own_tokenizer_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
+    torch.compiler.reset()
+    model = save_word_model(tmp_path / "model")
+    options = ["--tau", "1", "--depths", "0,2", "--speed-rounds", "0", "--no-cache", "--dtype", "float32", "--json"]
+    command = [model, "--texts", folder / "a.txt", "--quantizer", "lsq", *options]
+    result = CliRunner().invoke(main, list(map(str, command)))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["details"]["river.quantizer"] == "lsq"
+    assert found["settings"][0]["top1"]["value"] == 1
+    assert [np.argmax(row["exit_histogram"]) for row in found["settings"]] == [LAYERS, 0, 2]
+
+
+def test_a_folder_without_a_model_is_one_line(folder: Path) -> None:
+    result = CliRunner().invoke(main, [str(folder), "--tokenizer", str(folder / "tokenizer")])
+    assert result.exit_code == 2
+    assert "there is no config.json" in result.stderr
