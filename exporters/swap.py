@@ -118,8 +118,9 @@ def _untied(model: onnx.ModelProto, linear: RiverLinear) -> str:
     node, place = producers[source.node.outputs[0].name], 1
     while node.input[place] != weight:
         node, place = producers[node.input[place]], 0
-    node.input[place] = f"{weight}.untied"
+    name = f"{weight}.untied"
+    node.input[place] = name
     copy = model.graph.initializer.add()
     copy.CopyFrom(next(tensor for tensor in model.graph.initializer if tensor.name == weight))
-    copy.name = node.input[place]
-    return copy.name
+    copy.name = name
+    return name

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,7 @@ def bench(
             for _ in range(2):
                 _decode(model, compiled[name], tokens, 3)
             seconds[name] = time.perf_counter() - started
-        peaks[name] = _peak_bytes(device, lambda forward=compiled[name]: _decode(model, forward, tokens, 3))
+        peaks[name] = _peak_bytes(device, partial(_decode, model, compiled[name], tokens, 3))
         progress(f"compile: {name}", 1, 1)
     stats = backend.stats()
     if stats.fallbacks or not stats.river_layers:
