@@ -158,7 +158,7 @@ class CompiledSubject:
         from transformers.cache_utils import StaticLayer
 
         if self._cache is None:
-            cache = StaticCache(config=self._model.config, max_cache_len=self._capacity)
+            cache: Any = StaticCache(config=self._model.config, max_cache_len=self._capacity)
             # A window's own layer forgets what is compared here, and counts in a number that each graph would hold.
             cache.layers = [StaticLayer(self._capacity) if layer.is_sliding else layer for layer in cache.layers]
             self._model(self._tokens(0), past_key_values=cache, use_cache=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import river_compile
 from river_compile.backend import RiverBackend
 from river_compile.compiled_subject import CompiledSubject
 from river_compile.config import RiverConfig
@@ -109,6 +110,20 @@ def test_readings_are_kept_by_weights_and_config(tmp_path: Path) -> None:
     assert len(set(prints)) == 3
 
 
+def test_a_module_that_was_tuned_is_measured_and_told_apart() -> None:
+    model, config = random_model("llama"), RiverConfig(quantizer="gptq")
+    before = CompiledSubject(model, config).fingerprint()
+    river_compile.tune(model, [np.array(BYTES.encode(text.text)) for text in TEXTS], config)
+    assert CompiledSubject(model, config).fingerprint() != before
+    rows = []
+    for quantizer in ("gptq", "rtn"):
+        torch.compiler.reset()
+        chosen = RiverConfig(quantizer=quantizer)
+        found = evaluate(model, TEXTS, BYTES, taus=(), max_tokens=64, config=chosen, speed_rounds=0)
+        rows.append(found.settings[0])
+    assert rows[0].kl.value < 0.7 * rows[1].kl.value
+
+
 class NoDecoder(torch.nn.Module):
     pass
 
@@ -121,6 +136,8 @@ def test_users_mistakes_are_one_clear_line(tmp_path: Path) -> None:
     cases: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
         (InputError, "no river: no decoder layer can be given a river twin", model, {"config": nothing_to_twin}),
         (ConfigError, "kv_policy", model, {"config": wrong}),
+        (ConfigError, "quantizer: 'gptq' knows its inputs", model, {"config": RiverConfig(quantizer="gptq")}),
+        (ConfigError, "quantizer: 'best' is none of", model, {"config": RiverConfig(quantizer="best")}),
         (ConfigError, "dtype: is for a folder", model, {"dtype": "float32"}),
         (ConfigError, "threads: is ONNX Runtime's", model, {"threads": 1}),
         (ConfigError, "config: is of a Hugging Face model", tmp_path / "a.onnx", {"config": wrong}),

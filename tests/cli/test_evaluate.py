@@ -162,20 +162,22 @@ def test_readings_are_kept_where_the_user_says(folder: Path, tmp_path: Path) -> 
     assert len(list((tmp_path / "kept").glob("*.npz"))) == 3
 
 
+@pytest.mark.parametrize("quantizer", ["lsq", "gptq"])
 def test_a_folder_is_compiled_and_its_own_tokenizer_read(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantizer: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """GPTQ's weights are made on the package's tuning texts first."""
     import torch
 
     monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
     torch.compiler.reset()
     model = save_word_model(tmp_path / "model")
     options = ["--tau", "1", "--depths", "0,2", "--speed-rounds", "0", "--no-cache", "--dtype", "float32", "--json"]
-    command = [model, "--texts", folder / "a.txt", "--quantizer", "lsq", *options]
+    command = [model, "--texts", folder / "a.txt", "--quantizer", quantizer, *options]
     result = CliRunner().invoke(main, list(map(str, command)))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["details"]["river.quantizer"] == "lsq"
+    assert found["details"]["river.quantizer"] == quantizer
     assert found["settings"][0]["top1"]["value"] == 1
     assert [np.argmax(row["exit_histogram"]) for row in found["settings"]] == [LAYERS, 0, 2]
 
