@@ -122,10 +122,8 @@ class Recordings:
 
     def begin(self, values: list[Any]) -> Pass:
         """The pass over these values, in which small inputs give way to the recording's buffers."""
-        if self._abandoned:
-            return Pass(self._program, values)
         arguments = values[: len(self._program.inputs)]
-        recording = self._find(arguments)
+        recording = None if self._abandoned else self._find(arguments)
         if self._abandoned:
             return Pass(self._program, values)
         if recording is not None and recording.buffers:
