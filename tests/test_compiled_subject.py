@@ -95,6 +95,16 @@ def test_evaluate_takes_a_module() -> None:
     assert found.details["river.quantizer"] == "rtn"
 
 
+def test_exits_off_is_the_backbone_in_bfloat16_too() -> None:
+    """Where one row's products take a way of their own on a CPU."""
+    subject = CompiledSubject(random_model("llama", dtype=torch.bfloat16), capacity=64)
+    off, eager = (subject.read(IDS, BACKBONE, stepwise=stepwise) for stepwise in (True, False))
+    for ours, theirs in zip(
+        [off.logits, *off.keys, *off.values], [eager.logits, *eager.keys, *eager.values], strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=0.03 * np.ptp(theirs))
+
+
 def test_a_compiled_module_is_read_as_the_original() -> None:
     compiled = torch.compile(random_model("llama"), backend="river")
     found = evaluate(compiled, TEXTS, BYTES, taus=(), max_tokens=64, speed_rounds=0)
