@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.cli.options import cache_option, numbers
+from river_compile.cli.options import depths as depths_option
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
 
@@ -29,28 +30,6 @@ Examples:
   river-eval model.river.onnx --tokenizer hf_folder --texts book.txt --texts prompts.jsonl --json
   river-eval hf_folder --quantizer lsq --tau 0.97
 """
-
-
-def default_cache() -> Path:
-    """The folder of cached readings: under the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "river-compile" / "readings"
-
-
-def _taus(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(float(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError("tau", f"{value!r} is no list of numbers, such as 0.98,0.95") from None
-
-
-def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError("depths", f"{value!r} is no list of whole numbers, such as 0,15") from None
 
 
 @click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,10 +49,17 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     type=click.Path(path_type=Path),
     help="Text file, or JSONL of texts or prompts; repeatable.  [default: held-out texts that come with the package]",
 )
-@click.option("--tau", callback=_taus, metavar="LIST", help="Thresholds to measure.  [default: 0.98,0.95,0.9]")
+@click.option(
+    "--tau",
+    callback=numbers("tau"),
+    metavar="LIST",
+    default="0.98,0.95,0.9",
+    show_default=True,
+    help="Thresholds to measure.",
+)
 @click.option(
     "--depths",
-    callback=_depths,
+    callback=depths_option,
     metavar="LIST",
     default="0",
     show_default=True,
@@ -91,13 +77,7 @@ def _depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    help="Folder that keeps readings, so that an interrupted run goes on.  [default: river-compile/readings in the "
-    "user's cache folder]",
-)
-@click.option("--no-cache", is_flag=True, help="Keep nothing, and read everything anew.")
+@cache_option
 @click.version_option(__version__, prog_name="river-eval")
 def main(
     model: Path,
@@ -105,7 +85,7 @@ def main(
     quantizer: str | None,
     dtype: str | None,
     texts: tuple[Path, ...],
-    tau: tuple[float, ...] | None,
+    tau: tuple[float, ...],
     depths: tuple[int, ...],
     max_tokens: int,
     documents: int | None,
@@ -118,7 +98,6 @@ def main(
     as_json: bool,
     quiet: bool,
     cache: Path | None,
-    no_cache: bool,
 ) -> None:
     """Measure a river model against its own backbone, teacher-forced.
 
@@ -126,7 +105,7 @@ def main(
     The table shows, for each threshold and forced depth: top-1 agreement, top-5 overlap, KL divergence, perplexity,
     cosine of K and V, exit depth and speed.
     """
-    from river_compile.evaluation import DEFAULT_TAUS, evaluate
+    from river_compile.evaluation import evaluate
     from river_compile.fidelity import load_tokenizer
     from river_compile.sensitivity import Sensitivity
 
@@ -145,7 +124,7 @@ def main(
             model,
             texts or None,
             load_tokenizer(tokenizer or model),
-            taus=DEFAULT_TAUS if tau is None else tau,
+            taus=tau,
             depths=depths,
             max_tokens=max_tokens,
             max_documents=documents,
@@ -154,7 +133,7 @@ def main(
             threads=threads,
             config=None if quantizer is None else RiverConfig(quantizer=quantizer),
             dtype=dtype,
-            cache=None if no_cache else cache or default_cache(),
+            cache=cache,
             progress=progress,
         )
     if output is not None:
