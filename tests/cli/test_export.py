@@ -155,8 +155,22 @@ def test_a_hugging_face_folder_is_exported_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted([*before, "model.river.onnx"])
 
 
-def _start(*arguments: object, limit: int | None = None) -> subprocess.Popen[str]:
+_SLOW_DISK = """
+import time
+from river_compile.exporters import onnx_file
+chunks = onnx_file._chunks
+def slowly(*arguments):
+    for chunk in chunks(*arguments):
+        time.sleep(0.5)
+        yield chunk
+onnx_file._chunks = slowly
+"""
+
+
+def _start(*arguments: object, limit: int | None = None, slow_disk: bool = False) -> subprocess.Popen[str]:
     code = "from river_compile.cli.export import main; main()"
+    if slow_disk:
+        code = _SLOW_DISK + code
     if limit is not None:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -187,7 +201,7 @@ def test_killed_half_way_it_leaves_the_old_result(large: Path, tmp_path: Path, h
     out.parent.mkdir()
     out.write_bytes(b"the old result")
     digest = hashlib.sha256(large.read_bytes()).hexdigest()
-    process = _start(large, "-o", out, "--external-data", "--quiet")
+    process = _start(large, "-o", out, "--external-data", "--quiet", slow_disk=True)
     _wait_until(lambda: any(path.name.startswith(".") for path in out.parent.iterdir()), process)
     os.kill(process.pid, how)
     process.communicate(timeout=60)
