@@ -11,6 +11,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from river_compile.exporters import torch_seam
+
 __all__ = ["backend_of", "install", "options_of"]
 
 
@@ -51,10 +53,9 @@ class _Generate:
 
 def install(is_ours: Callable[[Any], bool]) -> None:
     """Give modules compiled with a backend that ``is_ours`` a ``generate`` of their own. Others keep what they have."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    if "generate" not in vars(OptimizedModule):
-        OptimizedModule.generate = _Generate(is_ours)  # type: ignore[attr-defined]
+    wrapper = torch_seam.module_wrapper()
+    if "generate" not in vars(wrapper):
+        wrapper.generate = _Generate(is_ours)  # type: ignore[attr-defined]
 
 
 def backend_of(model: Any) -> Any:

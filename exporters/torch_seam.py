@@ -20,8 +20,10 @@ __all__ = [
     "compile_whole",
     "describe_modes",
     "describe_symbol",
+    "dynamo_error",
     "guards_since",
     "holds",
+    "module_wrapper",
 ]
 
 
@@ -70,6 +72,31 @@ def compile_whole(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
 
     compiled: Any = compile_fx(module, list(inputs))
     return compiled  # type: ignore[no-any-return]
+
+
+def dynamo_error() -> type[Exception]:
+    """What Dynamo raises to start its analysis anew, among others; not for a backend to catch.
+
+    Raises:
+        UnsupportedTorch: there is no such class here.
+    """
+    found = getattr(torch._dynamo.exc, "TorchDynamoException", None)
+    if found is None:
+        raise UnsupportedTorch("torch._dynamo.exc.TorchDynamoException")
+    return found  # type: ignore[no-any-return]
+
+
+def module_wrapper() -> type:
+    """The class of what ``torch.compile(module)`` returns.
+
+    Raises:
+        UnsupportedTorch: there is no such class here.
+    """
+    try:
+        from torch._dynamo.eval_frame import OptimizedModule
+    except ImportError:
+        raise UnsupportedTorch("torch._dynamo.eval_frame.OptimizedModule") from None
+    return OptimizedModule
 
 
 def ambient_fake_mode() -> Any:

@@ -88,7 +88,7 @@ class RiverBackend:
             return _raising(error)
         except RiverError as error:
             return self._fall_back(module, inputs, error)
-        except torch._dynamo.exc.TorchDynamoException:
+        except torch_seam.dynamo_error():
             # How Dynamo starts its analysis anew.
             raise
         except Exception as error:
