@@ -111,10 +111,10 @@ def _untied(model: onnx.ModelProto, linear: RiverLinear) -> str:
     """The name of a linear layer's weight; if others than linear layers read it (embeddings tied to the LM head), of a
     copy of its own that the layer is given in the model."""
     weight, source = linear.weight, linear.source
-    producers = {name: node for node in model.graph.node for name in node.output}
     readers = [node for node in model.graph.node if weight in node.input]
     if all(node.op_type in ("MatMul", "Gemm", "Transpose", "Cast", "Identity") for node in readers):
         return weight
+    producers = {name: node for node in model.graph.node for name in node.output}
     node, place = producers[source.node.outputs[0].name], 1
     while node.input[place] != weight:
         node, place = producers[node.input[place]], 0

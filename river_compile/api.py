@@ -264,7 +264,7 @@ def plan(
         PlannedLinear(
             linear.name, linear.layer, linear.source.inputs, linear.source.outputs, linear.bits, linear.group_size
         )
-        for linear in [*river.linears, *river.quantized[len(river.linears) :]]
+        for linear in river.planned
     )
     return Plan(report, anatomy.layers, linears)
 

@@ -89,10 +89,14 @@ class River:
     unused: list[str] = field(default_factory=list)
 
     @property
+    def planned(self) -> list[RiverLinear]:
+        """The linear layers of the twins, and last the LM head if it has one."""
+        return [*self.linears, *([self.head] if self.head is not None and self.head.bits is not None else [])]
+
+    @property
     def quantized(self) -> list[RiverLinear]:
-        """All linear layers with a quantized weight, the LM head last."""
-        every = [*self.linears, *([self.head] if self.head is not None else [])]
-        return [linear for linear in every if linear.bits is not None]
+        """Those of the planned linear layers whose weight is quantized."""
+        return [linear for linear in self.planned if linear.bits is not None]
 
     @property
     def nbytes(self) -> int:

@@ -87,6 +87,13 @@ def test_the_report_counts_the_head(exported: Exported, tmp_path: Path) -> None:
     assert with_head.report.average_bits == without.report.average_bits
 
 
+def test_the_plan_shows_the_head_beside_layers_that_stay_float(exported: Exported) -> None:
+    config = RiverConfig(head_bits=8, bits_for=(("*down*", "float"),))
+    linears = plan(exported("llama"), config).linears
+    assert [linear.bits for linear in linears].count(None) == LAYERS
+    assert (linears[-1].layer, linears[-1].bits) == (LAYERS, 8)
+
+
 def test_a_wrong_width_is_named() -> None:
     with pytest.raises(ConfigError, match="head_bits"):
         RiverConfig(head_bits=5)
