@@ -16,11 +16,11 @@ from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight, Quantizer
 
-__all__ = ["DOMAIN", "QUANTIZERS", "MatMulNBits", "RoundToNearest", "quantizer"]
+__all__ = ["DOMAIN", "INT8_ACCURACY", "QUANTIZERS", "MatMulNBits", "RoundToNearest", "pack", "quantizer"]
 
 DOMAIN = "com.microsoft"
 
-_INT8_ACCURACY = 4
+INT8_ACCURACY = 4
 
 
 class RoundToNearest:
@@ -98,14 +98,13 @@ class MatMulNBits:
     """
 
     def __init__(self, activations: str) -> None:
-        self._accuracy = {"accuracy_level": _INT8_ACCURACY} if activations == "int8" else {}
+        self._accuracy = {"accuracy_level": INT8_ACCURACY} if activations == "int8" else {}
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
-        pack = _pack if weight.bits == 4 else np.ascontiguousarray
         return (
-            graph.add_weight(f"{name}.values", pack(weight.values)),
+            graph.add_weight(f"{name}.values", pack(weight.values, weight.bits)),
             graph.add_weight(f"{name}.scales", weight.scales.astype(float_type(like))),
-            graph.add_weight(f"{name}.zero_points", pack(weight.zero_points)),
+            graph.add_weight(f"{name}.zero_points", pack(weight.zero_points, weight.bits)),
         )
 
     def product(
@@ -149,7 +148,10 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _pack(values: np.ndarray) -> np.ndarray:
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """Grid indices as ``MatMulNBits`` takes them: at 4 bits two a byte, the low half first, along the last axis."""
+    if bits != 4:
+        return np.ascontiguousarray(values)
     if values.shape[-1] % 2:
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)])
     return np.ascontiguousarray(values[..., 0::2] | (values[..., 1::2] << 4))

@@ -18,7 +18,7 @@ from torch import nn
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
-from river_compile.exporters import hf
+from river_compile.exporters import hf, onnxruntime
 from river_compile.exporters.torch_linear import GraphWeights, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
@@ -33,7 +33,6 @@ from river_compile.passes.quantizer import QuantizedWeight, Quantizer
 __all__ = ["CondDecoder", "cond_decoder", "export_with_cond"]
 
 _OPERATOR = "river_compile::matmul_nbits"
-_INT8_ACCURACY = 4
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=())
@@ -77,14 +76,11 @@ class MatMulNBits:
     max_rows = 1 << 30
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        def packed(numbers: np.ndarray) -> torch.Tensor:
-            if weight.bits == 4:
-                numbers = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, numbers.shape[-1] % 2)])
-                numbers = numbers[..., 0::2] | (numbers[..., 1::2] << 4)
-            return torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
-
-        scales = torch.from_numpy(weight.scales).to(device, dtype)
-        return packed(weight.values), scales, packed(weight.zero_points)
+        values, zero_points = (
+            torch.from_numpy(onnxruntime.pack(numbers, weight.bits)).to(device)
+            for numbers in (weight.values, weight.zero_points)
+        )
+        return values, torch.from_numpy(weight.scales).to(device, dtype), zero_points
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
@@ -314,7 +310,7 @@ def _translation(config: RiverConfig) -> Callable[..., Any]:
         ],
     )
     product = Op(Opset("com.microsoft", 1), "MatMulNBits", schema)
-    accuracy = _INT8_ACCURACY if config.activations == "int8" else 0
+    accuracy = onnxruntime.INT8_ACCURACY if config.activations == "int8" else 0
 
     def translate(
         activation: Any, values: Any, scales: Any, zero_points: Any, outputs: int, bits: int, group_size: int

@@ -18,6 +18,7 @@ from river_compile.fidelity import (
     Document,
     TextTokenizer,
     TokenizedDocument,
+    check_lengths,
     chosen_texts,
     compare,
     spread,
@@ -295,10 +296,7 @@ def _documents(
     max_tokens: int,
     max_documents: int | None,
 ) -> list[TokenizedDocument]:
-    if prompt_tokens < 1:
-        raise ConfigError("prompt_tokens", f"must be 1 or more, not {prompt_tokens}")
-    if max_tokens <= prompt_tokens:
-        raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
+    check_lengths(prompt_tokens, max_tokens)
     if max_documents is not None and max_documents < 1:
         raise ConfigError("max_documents", f"must be 1 or more, not {max_documents}")
     whole = tokenize(chosen_texts(texts, "calibration"), tokenizer, vocabulary)

@@ -26,6 +26,7 @@ __all__ = [
     "TokenFidelity",
     "TokenizedDocument",
     "bootstrap",
+    "check_lengths",
     "chosen_texts",
     "compare",
     "load_texts",
@@ -158,6 +159,14 @@ def chosen_texts(texts: Sequence[str | Path] | Sequence[Document] | None, split:
         return shipped_texts(split)
     documents = [text for text in texts if isinstance(text, Document)]
     return documents or load_texts(text for text in texts if not isinstance(text, Document))
+
+
+def check_lengths(prompt_tokens: int, max_tokens: int) -> None:
+    """Raises ConfigError where a document of ``max_tokens`` has nothing to decode after its prompt, or no prompt."""
+    if prompt_tokens < 1:
+        raise ConfigError("prompt_tokens", f"must be 1 or more, not {prompt_tokens}")
+    if max_tokens <= prompt_tokens:
+        raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
 
 
 def spread(documents: list[TokenizedDocument], count: int | None) -> list[TokenizedDocument]:

@@ -19,6 +19,7 @@ from river_compile.fidelity import (
     TextTokenizer,
     TokenizedDocument,
     bootstrap,
+    check_lengths,
     chosen_texts,
     compare,
     spread,
@@ -181,10 +182,7 @@ def _documents(
     max_tokens: int,
     max_documents: int | None,
 ) -> list[TokenizedDocument]:
-    if prompt_tokens < 1:
-        raise ConfigError("prompt_tokens", f"must be 1 or more, not {prompt_tokens}")
-    if max_tokens <= prompt_tokens:
-        raise ConfigError("max_tokens", f"must be more than the prompt's {prompt_tokens}, not {max_tokens}")
+    check_lengths(prompt_tokens, max_tokens)
     whole = tokenize(chosen_texts(texts, "heldout"), tokenizer, vocabulary)
     cut = [TokenizedDocument(d.id, d.kind, d.ids[:max_tokens]) for d in whole if len(d.ids) > prompt_tokens]
     if not cut:
