@@ -56,7 +56,7 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
     result = node.outputs[0]
     dtype, (heads, width) = query.dtype, (query.shape[1], query.shape[3])
     shared = heads // key.shape[1]
-    scale = math.sqrt(node.attrs.get("scale", 1 / math.sqrt(width)))
+    scale = node.attrs.get("scale", 1 / math.sqrt(width))
     parts: list[gs.Node] = []
 
     def add(
@@ -69,8 +69,8 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
     node.inputs.clear()
     node.outputs.clear()
     factor = _constant(graph, f"scale.{scale}.{_type_name(dtype)}", scale, dtype)
+    # The query alone: a factor on the keys would make a copy of the whole cache in every pass.
     query = add("Mul", "query", [query, factor])
-    key = add("Mul", "key", [key, factor])
     axes = [0, 1, 3, 2]
     if shared > 1:
         split = _shape(graph, [0, heads // shared, shared, -1, width])
