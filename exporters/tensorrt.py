@@ -26,6 +26,7 @@ from river_compile.exporters.tensorrt_engine import EngineInfo, Profile, side_fi
 from river_compile.exporters.tensorrt_linear import DequantizedMatMul
 from river_compile.exporters.tensorrt_runtime import RUNTIMES, load_runtime
 from river_compile.passes.onnx.find_layers import Anatomy
+from river_compile.passes.onnx.flatten_tokens import flatten_tokens
 from river_compile.passes.onnx.graph import export_model
 from river_compile.passes.onnx.join_linears import join_linears
 from river_compile.passes.onnx.lower_attention import lower_attention
@@ -214,7 +215,7 @@ def write_onnx(
             lambda done, total: progress("quantize", done, total),
             _moments(model, config, tuning_ids, progress),
             prepare=prepare,
-            finish=[share_attention, lower_flags],
+            finish=[share_attention, flatten_tokens, lower_flags],
         )
         written, anatomy = result.model, result.anatomy
     else:

@@ -39,6 +39,7 @@ class OnnxGraph:
         inputs, outputs: the signature as it was in the file.
         overridable: names of weights that are graph inputs as well (a default, settable per run).
         added_outputs: outputs that the passes add, after the original ones.
+        restated: names of the model's own nodes that a pass has written otherwise, to the same effect.
         metadata: the model's metadata properties.
         folder: where external data lies; None when there is none.
     """
@@ -51,6 +52,7 @@ class OnnxGraph:
     outputs: list[onnx.ValueInfoProto]
     overridable: list[str] = field(default_factory=list)
     added_outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    restated: set[str] = field(default_factory=set)
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -192,8 +194,12 @@ def _refer_outward(subgraph: gs.Graph, weights: dict[str, gs.Constant]) -> None:
 
 
 def toposorted(nodes: Sequence[gs.Node]) -> list[gs.Node]:
-    """The nodes in an order in which each comes after what it reads; otherwise as they were."""
+    """The nodes in an order in which each comes after what it reads; otherwise as they were.
+
+    Nodes in a circle come in some order, for the check after the pass to find.
+    """
     producer = {output.name: node for node in nodes for output in node.outputs if output.name}
+    begun: set[int] = set()
     done: set[int] = set()
     ordered: list[gs.Node] = []
     stack: list[tuple[gs.Node, bool]] = [(node, False) for node in reversed(nodes)]
@@ -205,6 +211,9 @@ def toposorted(nodes: Sequence[gs.Node]) -> list[gs.Node]:
             done.add(id(node))
             ordered.append(node)
             continue
+        if id(node) in begun:
+            continue
+        begun.add(id(node))
         stack.append((node, True))
         stack += [(producer[name], False) for name in reversed(reads(node)) if name in producer]
     return ordered

@@ -79,8 +79,8 @@ def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
     tensors = {t.name: t for node in graph.nodes for t in [*node.inputs, *node.outputs]}
     tensors |= {tensor.name: tensor for tensor in graph.surgeon.inputs}
     mask = tensors.get(_MASK)
-    states = [tensors.get(layer.hidden_in) for layer in anatomy.layers]
-    ranks = {None if state is None or state.shape is None else len(state.shape) for state in states}
+    states = [tensors.get(layer.hidden_in, gs.Variable("")) for layer in anatomy.layers]
+    ranks = {None if state.shape is None else len(state.shape) for state in states}
     if mask is None or len(mask.shape or ()) != 2 or ranks != {3} or not _grows(graph, anatomy.layers[0].caches):
         return threshold
     chain = _Chain(graph.nodes, "river/padding/")
@@ -91,7 +91,9 @@ def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
     current = chain.add("Slice", [mask, start, end, axis], mask.dtype)
     real = chain.add("Cast", [current], bool, to=onnx.TensorProto.BOOL)
     never = graph.add_weight("river/padding/never", np.array(-np.inf, np.float32))
-    return chain.add("Where", [real, threshold, never], _FLOAT32)
+    every = chain.add("Where", [real, threshold, never], _FLOAT32)
+    every.shape = list(states[0].shape[:2])
+    return every
 
 
 def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: RiverConfig) -> list[gs.Tensor]:
@@ -110,7 +112,8 @@ def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: River
     every = chain.add("Add", [offsets, threshold], _FLOAT32)
     # Before opset 18 the number of outputs alone says how to split.
     count = {"num_outputs": layers} if graph.surgeon.opset >= _SPLIT_TELLS_OUTPUTS else {}
-    parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32) for index in range(layers)]
+    shape = [1, *(threshold.shape or ())]
+    parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32, shape) for index in range(layers)]
     graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, **count}, [every], parts))
     return parts
 

@@ -19,7 +19,7 @@ _BACKBONE, _RIVER = "else_branch", "then_branch"
 
 def share_attention(graph: OnnxGraph, anatomy: Anatomy) -> None:
     """Split each layer's ``If`` at its KV cache: the products before it, then once for both twins what lies between,
-    cache update and attention, then the products after it.
+    cache update and attention, then the products after it. What comes before the first product stands outside as well.
 
     Attention has no weights, so both branches hold the same nodes for it. Standing outside it is built once instead of
     twice, and the cache is written by one node whoever computed the new entries. TensorRT demands both: its attention
@@ -84,15 +84,21 @@ def _split(branch: gs.Node, layer: Layer) -> list[gs.Node]:
     nodes += [_hoist(node, backbone.prefix, crossing, results) for node in backbone.shared]
     late = [name for name in results if inner[name].name not in first and inner[name].name not in middle]
     for part in parts.values():
-        moved = {part.prefix + _base(name, backbone.prefix): target for name, target in crossing.items()}
+        for node in part.before:
+            _redirect(node, _moved(part, backbone, crossing, middle))
         for node in part.after:
-            _redirect(node, moved)
+            _redirect(node, _moved(part, backbone, crossing, crossing))
     if late:
         after = _if(f"{branch.name}.after", condition, parts, "after", [], [results[name] for name in late])
         for side in parts:
             after.attrs[side].outputs = [places[side][name] for name in late]
         nodes.append(after)
     return nodes
+
+
+def _moved(part: _Parts, backbone: _Parts, crossing: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+    """What tensors of a branch, given by their names in the backbone's, are called outside."""
+    return {part.prefix + _base(name, backbone.prefix): crossing[name] for name in names}
 
 
 def _names(part: _Parts) -> set[str]:
@@ -116,7 +122,9 @@ def _part(body: gs.Graph, common: set[str], pasts: set[str], prefix: str) -> _Pa
     decision = f"{prefix}river/"
     after |= _descendants(nodes, (), [node for node in nodes if node.name.startswith(decision)])
     after |= _only_for(nodes, own, after)
-    before = _ancestors(nodes, [node for node in nodes if id(node) in own and id(node) not in after])
+    first = [node for node in nodes if id(node) in own and id(node) not in after]
+    # What leads up to the first products, such as a norm, is done once as well.
+    before = _ancestors(nodes, first) & _descendants(nodes, (), first)
     parts = _Parts(prefix)
     for node in nodes:
         place = parts.after if id(node) in after else parts.before if id(node) in before else parts.shared
