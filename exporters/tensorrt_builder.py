@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from river_compile.exporters.tensorrt_runtime import TensorRT, load_runtime
 __all__ = ["Built", "Job", "build", "run"]
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_WATCH_SECONDS = 0.5
 _ERRORS: dict[str, type[RiverError]] = {"InputError": InputError}
 
 
@@ -147,7 +150,20 @@ def _dtype(dtype: Any) -> str:
     return _DTYPES.get(name, name.lower())
 
 
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it has: a build takes minutes, and its result would be lost."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _main() -> None:
+    _end_with_parent()
     fields = json.load(sys.stdin)
     profiles = tuple(
         Profile(p["name"], {n: (tuple(a), tuple(b), tuple(c)) for n, (a, b, c) in p["shapes"].items()})

@@ -3,20 +3,60 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
+from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
 
 UNTOUCHED = 77.0
 """What buffers hold where nothing was written yet: reading it by mistake would show."""
+
+
+@dataclass(frozen=True)
+class _Value:
+    name: str
+    shape: list[int | str]
+    type: str
+
+
+class ReferenceSession:
+    """The ONNX project's reference implementation in the place of a session: it has bfloat16, which ONNX Runtime's CPU
+    kernels have not."""
+
+    def __init__(self, path: Path) -> None:
+        model = onnx.load(path)
+        self._evaluator = ReferenceEvaluator(model)
+        self._inputs, self._outputs = ([_value(v) for v in part] for part in (model.graph.input, model.graph.output))
+
+    def get_inputs(self) -> list[_Value]:
+        return self._inputs
+
+    def get_outputs(self) -> list[_Value]:
+        return self._outputs
+
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._evaluator.run(names, feeds)
+
+
+def _value(value: onnx.ValueInfoProto) -> _Value:
+    kind = value.type.tensor_type
+    names = {TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT16: "float16", TensorProto.FLOAT: "float"}
+    dims = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
+    return _Value(value.name, dims, f"tensor({names.get(kind.elem_type, 'int64')})")
 
 
 @dataclass
 class StaticPlayer:
     """As `tests.oracle.Player`, for static caches; settings are ordinary inputs, so both are always fed."""
 
-    session: ort.InferenceSession
+    session: ort.InferenceSession | ReferenceSession
     batch: int
     settings: dict[str, Any]
     mask: np.ndarray = field(init=False)
@@ -27,7 +67,7 @@ class StaticPlayer:
         self.caches = {}
         for value in self.session.get_inputs():
             if len(value.shape) == 4:
-                dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+                dtype = _DTYPES[value.type]
                 length = value.shape[2] if isinstance(value.shape[2], int) else 0
                 shape = (self.batch, value.shape[1], length, value.shape[3])
                 self.caches[value.name] = np.full(shape, UNTOUCHED, dtype)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +19,18 @@ from onnx import helper
 
 from river_compile.errors import ConfigError, InputError, MissingExtra, RiverError
 from river_compile.exporters import tensorrt_builder, tensorrt_runtime
-from river_compile.exporters.tensorrt import EngineOptions, build, default_config, profiles, write_onnx
+from river_compile.exporters.tensorrt import (
+    KV_CACHES,
+    EngineOptions,
+    build,
+    default_config,
+    profiles,
+    write_onnx,
+)
 from river_compile.exporters.tensorrt_engine import EngineInfo, side_file
 from river_compile.exporters.tensorrt_runtime import load_runtime
 from river_compile.runtime_tensorrt import TensorRTDecoder
-from tests.families import LAYERS
+from tests.families import FAMILIES, LAYERS, NOT_EXPORTED
 from tests.oracle import session
 from tests.static_player import StaticPlayer
 
@@ -31,7 +40,7 @@ pytest.importorskip("tensorrt_rtx_bindings")
 
 LENGTH = 48
 ONE_TWIN = default_config(keep_layers=(1, 2, 3))
-"""What a build costs goes with the layers that have a twin."""
+"""Where a test is about something else: what a build costs goes with the layers that have a twin."""
 
 MAGIC, MALFORMED = b"vtrt", 32
 
@@ -60,15 +69,25 @@ def test_tensorrt_rtx_builds_it(exported: Exported, tmp_path: Path, family: str,
     options = EngineOptions(kv_cache=kv_cache, dtype=dtype, max_length=LENGTH, runtime="tensorrt-rtx")
     (tmp_path / "out").mkdir()
     engine = tmp_path / "out" / "m.engine"
-    info = build(exported(family), engine, ONE_TWIN, options, onnx_output=tmp_path / "m.onnx")
+    info = build(exported(family), engine, default_config(), options, onnx_output=tmp_path / "m.onnx")
     assert sorted(path.name for path in engine.parent.iterdir()) == ["m.engine", "m.engine.json"]
-    assert (info.layers, info.river_layers, info.dtype, info.kv_cache) == (LAYERS, 1, dtype, kv_cache)
+    assert (info.layers, info.river_layers, info.dtype, info.kv_cache) == (LAYERS, LAYERS, dtype, kv_cache)
     types = {tensor.name: tensor.dtype for tensor in (*info.inputs, *info.outputs)}
     assert {types[name] for pair in info.caches for name in pair} == {dtype}
     assert types["river.tau"] == "float32" and types["river.max_depth"] == types["river.exit_depth"] == "int64"
     _assert_header(engine)
     if dtype != "bfloat16":
         _assert_predicted_shapes(info, tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
+def test_tensorrt_rtx_builds_every_family(exported: Exported, tmp_path: Path, family: str, kv_cache: str) -> None:
+    options = EngineOptions(kv_cache=kv_cache, max_length=LENGTH, runtime="tensorrt-rtx")
+    info = build(exported(family), tmp_path / "m.engine", default_config(), options)
+    assert info.river_layers == LAYERS
+    _assert_header(tmp_path / "m.engine")
 
 
 def _assert_predicted_shapes(info: EngineInfo, model: Path) -> None:
@@ -85,7 +104,7 @@ def _assert_predicted_shapes(info: EngineInfo, model: Path) -> None:
         assert info.profiles[info.profile_for(shapes)].name == ("decode" if tokens == 1 else "prefill")
 
 
-def test_every_layer_can_have_a_twin(exported: Exported, tmp_path: Path) -> None:
+def test_exit_points_bits_and_targets_can_be_chosen(exported: Exported, tmp_path: Path) -> None:
     options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx", compute_capabilities=("8.9",))
     info = build(exported("llama"), tmp_path / "m.engine", default_config(exit_every=2, bits=8), options)
     assert info.river_layers == LAYERS and info.exit_points == (2,) and info.compute_capabilities == ("8.9",)
@@ -205,6 +224,29 @@ def test_a_crash_of_the_builder_is_an_error_and_leaves_nothing(
         build(exported("llama"), tmp_path / "m.engine", ONE_TWIN, EngineOptions(runtime="tensorrt-rtx"))
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
     assert sys.executable == str(crash)
+
+
+def test_the_builder_ends_with_the_process_that_started_it() -> None:
+    builder = (
+        "import os, time; from river_compile.exporters import tensorrt_builder;"
+        "tensorrt_builder._end_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {builder!r}])"
+    with subprocess.Popen([sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        builder_id = process.stdout.readline().strip()
+        process.kill()
+    deadline = time.monotonic() + 20
+    while _is_alive(builder_id) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _is_alive(builder_id)
+
+
+def _is_alive(process_id: str) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process_id}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_an_absent_runtime_names_its_extra(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

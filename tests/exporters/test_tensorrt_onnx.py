@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -14,13 +16,13 @@ from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.tensorrt import KV_CACHES, EngineOptions, RiverOnnx, default_config, write_onnx
 from river_compile.fidelity import Document, TextTokenizer
 from river_compile.tuning import Tuning
-from tests.families import LAYERS, VOCABULARY
+from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY
 from tests.oracle import Player, assert_close, session
-from tests.static_player import StaticPlayer
+from tests.static_player import ReferenceSession, StaticPlayer
 
 Exported = Callable[[str], Path]
 
-FAMILIES = ("llama", "qwen2", "gpt2", "gpt_neox")
+CLOSELY = ("llama", "qwen2", "gpt2", "gpt_neox")
 LENGTH = 40
 NEVER = {"tau": 2.0, "max_depth": LAYERS}
 
@@ -45,7 +47,7 @@ class Case:
         return StaticPlayer(self.session, batch, NEVER), Player(self.spine, batch)
 
 
-@pytest.fixture(scope="module", params=[(family, form) for family in FAMILIES for form in KV_CACHES], ids="-".join)
+@pytest.fixture(scope="module", params=[(family, form) for family in CLOSELY for form in KV_CACHES], ids="-".join)
 def case(request: pytest.FixtureRequest, exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Case:
     family, form = request.param
     return Case(exported(family), tmp_path_factory.mktemp("tensorrt"), form)
@@ -61,6 +63,21 @@ def test_every_depth_equals_the_river_of_onnx_runtime(case: Case, depth: int, ba
         found = ours.step(ids, max_depth=depth)
         assert_close(found, spine.step(ids, max_depth=depth))
         assert found["river.exit_depth"] == depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*CLOSELY, *NOT_EXPORTED)])
+def test_every_depth_of_every_family_equals_the_river_of_onnx_runtime(
+    exported: Exported, tmp_path: Path, family: str, kv_cache: str
+) -> None:
+    case = Case(exported(family), tmp_path, kv_cache)
+    for depth in range(LAYERS + 1):
+        rng = np.random.default_rng(depth)
+        ours, spine = case.players(2)
+        for tokens in (12, 1, 2):
+            ids = rng.integers(3, VOCABULARY, (2, tokens))
+            assert_close(ours.step(ids, max_depth=depth), spine.step(ids, max_depth=depth))
 
 
 @pytest.mark.parametrize("tau", (-1.0, 0.3, 0.6, 0.8))
@@ -133,6 +150,26 @@ def test_float16_stays_near_float32_and_keeps_positions_wide(exported: Exported,
         found, expected = ours.step(ids), spine.step(ids)
         assert_close(found, expected, tolerance=5e-3)
         assert found["river.exit_depth"] == LAYERS
+
+
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_stays_near_float32(exported: Exported, tmp_path: Path, family: str, kv_cache: str) -> None:
+    options = EngineOptions(kv_cache=kv_cache, dtype="bfloat16", max_length=12)
+    narrow = write_onnx(exported(family), tmp_path / "narrow.onnx", default_config(tau=2.0), options)
+    options = dataclasses.replace(options, dtype="float32")
+    wide = write_onnx(exported(family), tmp_path / "wide.onnx", default_config(tau=2.0), options)
+    for depth in (0, 2, LAYERS):
+        ours = StaticPlayer(ReferenceSession(narrow.path), 2, NEVER)
+        exact = StaticPlayer(session(wide.path), 2, NEVER)
+        for ids in (np.array([[5, 6, 7], [8, 9, 10]]), np.array([[11], [12]])):
+            found, expected = ours.step(ids, max_depth=depth), exact.step(ids, max_depth=depth)
+            assert found["logits"].dtype == ml_dtypes.bfloat16
+            assert found.pop("river.exit_depth") == expected.pop("river.exit_depth") == depth
+            for name, value in expected.items():
+                # Eight bits of fraction, some ten roundings deep; a wrong node is off by a tenth of the range or more.
+                error = np.asarray(found[name], np.float64) - value
+                assert np.sqrt(np.mean(error**2)) <= 2.5e-2 * np.ptp(value), name
 
 
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
