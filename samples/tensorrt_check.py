@@ -1,6 +1,6 @@
 """Check TensorRT engines on a GPU: one command, about ten minutes, everything it says is measured in that run.
 
-    python samples/tensorrt_check.py [MODEL.onnx] [--output FOLDER] [--build-only]
+    python samples/tensorrt_check.py [MODEL.onnx] [--output FOLDER] [--build-only] [--exit-every N] [--keep-first N]
 
 Builds the plain engine and the river engine (with TensorRT-RTX that needs no GPU: --build-only stops there), then on
 the GPU: logits and exit depth of every depth against ONNX Runtime on the very same ONNX, 64 greedy tokens, tokens per
@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from river_compile.config import RiverConfig
 from river_compile.errors import RiverError
 from river_compile.exporters.tensorrt import EngineOptions, build, default_config
 from river_compile.exporters.tensorrt_engine import EngineInfo
@@ -49,10 +50,10 @@ def smollm2_onnx(folder: Path) -> Path:
     return path
 
 
-def build_engine(model: Path, folder: Path, river: bool, keep_first: int) -> Path:
-    engine = folder / ("river.engine" if river else "plain.engine")
-    options = EngineOptions(max_length=LENGTH, river=river)
-    config = default_config(tau=2.0, keep_layers=tuple(range(keep_first)))
+def build_engine(model: Path, folder: Path, config: RiverConfig | None) -> tuple[Path, float]:
+    """An engine, plain if there is no config, and the CPU seconds that its builder took."""
+    engine = folder / ("river.engine" if config else "plain.engine")
+    options = EngineOptions(max_length=LENGTH, river=config is not None)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     info = build(model, engine, config, options, onnx_output=engine.with_suffix(".onnx"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -62,7 +63,7 @@ def build_engine(model: Path, folder: Path, river: bool, keep_first: int) -> Pat
         f"{info.seconds['build']:.1f} s, builder process {cpu:.1f} CPU s, "
         f"{info.seconds['network_layers']:.0f} TensorRT layers, {info.runtime} {info.version}"
     )
-    return engine
+    return engine, cpu
 
 
 class OnnxReference:
@@ -145,12 +146,18 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="?", help="a decoder as ONNX (default: SmolLM2-135M)")
     parser.add_argument("--output", type=Path, default=Path(".cache/tensorrt"), help="folder for the engines")
     parser.add_argument("--build-only", action="store_true", help="build, and do not run: needs no GPU")
+    parser.add_argument("--exit-every", type=int, default=1, metavar="N", help="exits after every Nth layer only")
     parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="the first N layers get no twin")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         model = arguments.model or smollm2_onnx(arguments.output)
-        plain, river = (build_engine(model, arguments.output, r, arguments.keep_first) for r in (False, True))
+        config = default_config(
+            tau=2.0, exit_every=arguments.exit_every, keep_layers=tuple(range(arguments.keep_first))
+        )
+        plain, plain_cpu = build_engine(model, arguments.output, None)
+        river, river_cpu = build_engine(model, arguments.output, config)
+        console.print(f"building the river took {river_cpu / plain_cpu:.2f} times the plain engine's CPU time")
         if arguments.build_only:
             return 0
         return 0 if run(plain, river) else 1

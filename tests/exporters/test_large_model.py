@@ -1,4 +1,4 @@
-"""A model of Llama-3.2-1B's shape in float16: time and memory of an export."""
+"""A model of Llama-3.2-1B's shape in float16: time and memory of an export, and weights beyond two gigabytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from river_compile.exporters.tensorrt import EngineOptions, build, default_config
 
 _PARAMETERS = 1.236e9
 
@@ -36,11 +38,16 @@ print(json.dumps({"seconds": seconds, "peak": peak, "layers": report.river_layer
 """
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "model.onnx"
+    subprocess.run([sys.executable, "-c", _MAKE, str(path)], check=True)
+    return path
+
+
 @pytest.mark.slow
-def test_a_billion_parameters_in_a_minute_and_little_more_memory_than_the_model(tmp_path: Path) -> None:
-    model = tmp_path / "model.onnx"
-    subprocess.run([sys.executable, "-c", _MAKE, str(model)], check=True)
-    size = sum(os.path.getsize(path) for path in tmp_path.iterdir())
+def test_a_billion_parameters_in_a_minute_and_little_more_memory_than_the_model(model: Path, tmp_path: Path) -> None:
+    size = sum(os.path.getsize(path) for path in model.parent.iterdir())
     started = time.perf_counter()
     command = [sys.executable, "-c", _EXPORT, str(model), str(tmp_path / "river.onnx")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -49,3 +56,13 @@ def test_a_billion_parameters_in_a_minute_and_little_more_memory_than_the_model(
     assert measured["layers"] == 16
     assert measured["peak"] <= size + 3e9
     assert measured["seconds"] <= 60 * _PARAMETERS / 1e9
+
+
+@pytest.mark.slow
+def test_tensorrt_parses_more_than_two_gigabytes_from_its_file(model: Path, tmp_path: Path) -> None:
+    """No protobuf message holds that much: the weights are read from the external data."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    options = EngineOptions(max_length=512, runtime="tensorrt-rtx")
+    config = default_config(keep_layers=tuple(range(14)))
+    info = build(model, tmp_path / "m.engine", config, options)
+    assert info.nbytes > 1 << 31 and (info.layers, info.river_layers, info.dtype) == (16, 2, "float16")
