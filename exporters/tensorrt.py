@@ -38,7 +38,7 @@ from river_compile.passes.quantizer import ActivationAware
 
 __all__ = ["DTYPES", "GROUP_SIZES", "KV_CACHES", "QUANTIZER", "EngineOptions", "build", "default_config", "write_onnx"]
 
-KV_CACHES = ("static", "concatenated")
+KV_CACHES = ("static", "scattered", "concatenated")
 DTYPES = tuple(FLOATS)
 GROUP_SIZES = (64, 128)
 QUANTIZER = "rtn-symmetric"
@@ -58,8 +58,9 @@ class EngineOptions:
         max_batch: most sequences in a forward pass.
         max_length: most tokens of a sequence, prompt and new ones: the length of a static KV cache.
         dtype: float type of backbone and KV cache; None: float16 for a float32 model, otherwise the model's own.
-        kv_cache: "static", one buffer a slot, bound as input and output at one address and written in place; or
-            "concatenated", past in and present out, as the source model has it.
+        kv_cache: "static", one buffer a slot, bound as input and output at one address and written in place by
+            TensorRT's layer for it; "scattered", two such buffers in turn, written by a scatter, which "static" becomes
+            where the runtime has no such layer; or "concatenated", past in and present out, as the source model has it.
         runtime: "auto", "tensorrt" or "tensorrt-rtx".
         compute_capabilities: GPUs to build for, such as ("8.9",); empty: the runtime's default.
         weightless: leave the weights out of the engine; they are refitted from the ONNX file kept beside it. With
@@ -127,7 +128,10 @@ def build(
     config = dataclasses.replace(config or default_config(), activations="float")
     started = time.perf_counter()
     engine, model = Path(engine), Path(model)
-    load_runtime(options.runtime).targets(options.compute_capabilities)
+    runtime = load_runtime(options.runtime)
+    runtime.targets(options.compute_capabilities)
+    if options.kv_cache == "static" and not runtime.updates_caches:
+        options = dataclasses.replace(options, kv_cache="scattered")
     if options.weightless and onnx_output is None:
         onnx_output = engine.with_name(engine.name + _ENGINE_DATA)
     for target in filter(None, (engine, onnx_output)):
@@ -200,8 +204,9 @@ def write_onnx(
     prepare: list[rewrite.Preparation] = []
     if own != dtype:
         prepare.append(partial(narrow_floats, dtype=dtype))
-    if options.kv_cache == "static":
-        prepare.append(partial(static_cache, max_length=options.max_length))
+    if options.kv_cache != "concatenated":
+        scatter = options.kv_cache == "scattered"
+        prepare.append(partial(static_cache, max_length=options.max_length, scatter=scatter))
     prepare.append(lower_attention)
     result = None
     if options.river:
@@ -267,7 +272,7 @@ def profiles(proto: onnx.ModelProto, caches: list[tuple[str, str]], options: Eng
     Raises:
         InputError: an input varies in a way that is not known here.
     """
-    length, static = options.max_length, options.kv_cache == "static"
+    length, static = options.max_length, options.kv_cache != "concatenated"
     usual = min(256, length)
     # (tokens, past) of the least, usual and largest pass.
     prefill = ((1, 0), (usual, 0), (length, 0))

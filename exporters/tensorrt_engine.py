@@ -42,7 +42,8 @@ class EngineInfo:
         nbytes, weightless: size of the engine file; whether its weights must be refitted from the ONNX file ``onnx``.
         layers, river_layers, exit_points, quantizer, weights_sha256, config: the river (none: a plain engine).
         dtype, kv_cache, max_batch, max_length: limits that its profiles set, and the form of its KV cache.
-        caches: pairs of a cache input and the output that continues it; with a static cache both are one address.
+        caches: pairs of a cache input and the output that continues it; with a static cache both are one address,
+            with a scattered one two of one shape.
         defaults: what to feed inputs that are settings (``river.tau``, ``river.max_depth``) when nothing is asked for.
     """
 

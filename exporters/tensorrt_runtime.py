@@ -37,6 +37,11 @@ class TensorRT:
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         return tuple(_dotted(name) for name in members if name.startswith("SM"))
 
+    @property
+    def updates_caches(self) -> bool:
+        """Whether it has a layer that writes a KV cache in place."""
+        return hasattr(self.module, "IKVCacheUpdateLayer")
+
     def targets(self, wanted: tuple[str, ...]) -> list[Any]:
         """The runtime's own words for compute capabilities.
 

@@ -52,10 +52,10 @@ _OPTIONS = (
     ),
     click.option(
         "--kv-cache",
-        type=click.Choice(["static", "concatenated"]),
+        type=click.Choice(["static", "scattered", "concatenated"]),
         default="static",
         show_default=True,
-        help="KV cache of the engine: a buffer written in place, or past in and present out.",
+        help="KV cache of the engine: a buffer written in place; two in turn; or past in and present out.",
     ),
     click.option(
         "--runtime",

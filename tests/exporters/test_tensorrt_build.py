@@ -63,6 +63,8 @@ def engine(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("gpt2", "concatenated", "float32"),
         ("gpt_neox", "static", "bfloat16"),
         ("gpt_neox", "concatenated", "float16"),
+        ("llama", "scattered", "float16"),
+        ("gpt2", "scattered", "float32"),
     ],
 )
 def test_tensorrt_rtx_builds_it(exported: Exported, tmp_path: Path, family: str, kv_cache: str, dtype: str) -> None:
@@ -78,6 +80,15 @@ def test_tensorrt_rtx_builds_it(exported: Exported, tmp_path: Path, family: str,
     _assert_header(engine)
     if dtype != "bfloat16":
         _assert_predicted_shapes(info, tmp_path / "m.onnx")
+
+
+def test_a_runtime_that_updates_no_cache_gets_a_scatter(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runtime.TensorRT, "updates_caches", False)
+    options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx")
+    info = build(exported("llama"), tmp_path / "m.engine", ONE_TWIN, options)
+    assert info.kv_cache == "scattered" and EngineInfo.load(tmp_path / "m.engine").kv_cache == "scattered"
 
 
 @pytest.mark.slow

@@ -47,9 +47,18 @@ def test_each_slot_is_written_by_one_update_between_input_and_output(graph: Onnx
     assert versions[""] == 24 and graph.metadata[KV_CACHE] == "static"
 
 
-def test_the_layers_are_found_as_before(graph: OnnxGraph) -> None:
+def test_a_scatter_does_it_without_the_newest_operators(graph: OnnxGraph) -> None:
+    opset = graph.surgeon.opset
+    assert static_cache(graph, 32, scatter=True) == 2 * LAYERS
+    operators = [node.op for node in graph.nodes]
+    assert operators.count("ScatterElements") == 2 * LAYERS and "TensorScatter" not in operators
+    assert graph.surgeon.opset == opset and graph.metadata[KV_CACHE] == "static"
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_the_layers_are_found_as_before(graph: OnnxGraph, scatter: bool) -> None:
     before = find_layers(graph)
-    static_cache(graph, 32)
+    static_cache(graph, 32, scatter)
     after = find_layers(graph)
     assert after.found_by == before.found_by == "metadata"
     assert [layer.caches for layer in after.layers] == [layer.caches for layer in before.layers]
