@@ -122,7 +122,7 @@ def _part(present: gs.Variable, axis: int, name: str) -> gs.Variable:
 
 @dataclass
 class _Filled:
-    """How much of the cache is filled, int64 [1] each, before a pass and after; and where a sequence is written, [batch],
+    """How much of the cache is filled, int64 [1] each, before a pass and after; where a sequence is written, [batch],
     or each token, [sequence]."""
 
     past: gs.Variable
