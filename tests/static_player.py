@@ -76,7 +76,7 @@ class StaticPlayer:
         """All outputs of one pass, by name; of a static cache the filled part."""
         self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        kinds = {"tau": np.float32, "max_depth": np.int64}
+        kinds = {"tau": np.float32, "max_depth": np.int64, "tau_offsets": np.float32}
         settings = {**self.settings, **river}
         feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, **self.caches}
         feeds |= {f"river.{name}": np.array(value, kinds[name]) for name, value in settings.items()}

@@ -94,6 +94,28 @@ def test_exits_are_decided_alike_padding_left_out(case: Case, tau: float) -> Non
         assert_close(_real(found, ours.mask), _real(expected, spine.mask))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_layer_can_have_a_threshold_of_its_own(exported: Exported, tmp_path: Path, family: str) -> None:
+    offsets = (0.0, -0.3, 0.05, 0.0)
+    config = default_config(tau_offsets=offsets)
+    export(exported(family), tmp_path / "spine.onnx", config)
+    options = EngineOptions(dtype="float32", max_length=LENGTH)
+    made = write_onnx(exported(family), tmp_path / "tensorrt.onnx", config, options)
+    assert made.defaults["river.tau_offsets"] == pytest.approx(offsets)
+    depths = set()
+    for tau in (-1.0, 0.5, 0.7, 0.8):
+        settings = {"tau": tau, "max_depth": LAYERS, "tau_offsets": offsets}
+        ours, spine = StaticPlayer(session(made.path), 2, settings), Player(session(tmp_path / "spine.onnx"), 2)
+        rng = np.random.default_rng(0)
+        for tokens in (6, 1, 1):
+            ids = rng.integers(3, VOCABULARY, (2, tokens))
+            found, expected = ours.step(ids), spine.step(ids, tau=tau)
+            assert_close(found, expected)
+            depths.add(int(found["river.exit_depth"]))
+            assert found["river.exit_depth"] == expected["river.exit_depth"]
+    assert len(depths) > 1
+
+
 def _real(outputs: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
     """Outputs without what padding tokens compute: nobody reads it, and attention to nothing may differ."""
     shown = {name: value for name, value in outputs.items() if name != "river.exit_depth"}
