@@ -21,8 +21,8 @@ _PREFIX = "attention/"
 def lower_attention(graph: OnnxGraph) -> int:
     """Replace ``Attention`` by the products and the softmax that it stands for; how many were replaced.
 
-    TensorRT's builder (TensorRT-RTX 1.7.1) ends with a segmentation fault, or finds no kernel, where the inputs of its
-    attention layer come from conditionals; products and softmax it takes, and fuses by itself. Query heads that share a
+    TensorRT's builder (TensorRT-RTX 1.7.1) ends with a segmentation fault, or finds no kernel, where its attention layers
+    stand between the conditionals of a rewritten model; products and softmax it takes. Query heads that share a
     key head stay so: they are a dimension that keys are broadcast along, not copied.
 
     Requires: query, key and value [batch, heads, sequence, width] of known heads and width. Attention in another form
