@@ -16,13 +16,14 @@ __all__ = ["lower_attention"]
 
 _UNSUPPORTED = ("is_causal", "softcap", "qk_matmul_output_mode", "q_num_heads", "kv_num_heads", "softmax_precision")
 _PREFIX = "attention/"
+_RANK = 4
 
 
 def lower_attention(graph: OnnxGraph) -> int:
     """Replace ``Attention`` by the products and the softmax that it stands for; how many were replaced.
 
-    TensorRT's builder (TensorRT-RTX 1.7.1) ends with a segmentation fault, or finds no kernel, where its attention layers
-    stand between the conditionals of a rewritten model; products and softmax it takes. Query heads that share a
+    TensorRT's builder (TensorRT-RTX 1.7.1) ends with a segmentation fault, or finds no kernel, where its attention
+    layers stand between the conditionals of a rewritten model; products and softmax it takes. Query heads that share a
     key head stay so: they are a dimension that keys are broadcast along, not copied.
 
     Requires: query, key and value [batch, heads, sequence, width] of known heads and width. Attention in another form
@@ -55,7 +56,7 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
     mask = node.inputs[3] if len(node.inputs) > 3 and node.inputs[3].name else None
     result = node.outputs[0]
     dtype, (heads, width) = query.dtype, (query.shape[1], query.shape[3])
-    shared = heads // key.shape[1]
+    shared, tokens = heads // key.shape[1], query.shape[2]
     scale = node.attrs.get("scale", 1 / math.sqrt(width))
     parts: list[gs.Node] = []
 
@@ -73,7 +74,8 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
     query = add("Mul", "query", [query, factor])
     axes = [0, 1, 3, 2]
     if shared > 1:
-        split = _shape(graph, [0, heads // shared, shared, -1, width])
+        length = _length(parts, tokens, mask, biases)
+        split = _sizes(graph, parts, [0, heads // shared, shared], length, width, biases)
         group = _shape(graph, [2])
         query = add("Reshape", "grouped", [query, split])
         key, value = add("Unsqueeze", "keys", [key, group]), add("Unsqueeze", "values", [value, group])
@@ -90,7 +92,7 @@ def _parts(graph: OnnxGraph, node: gs.Node, biases: dict[tuple[str, str], gs.Var
         add("MatMul", "product", [weights, value], result)
     else:
         mixed = add("MatMul", "product", [weights, value])
-        add("Reshape", "joined", [mixed, _shape(graph, [0, heads, -1, width])], result)
+        add("Reshape", "joined", [mixed, _sizes(graph, parts, [0, heads], length, width, biases)], result)
     return parts
 
 
@@ -124,6 +126,40 @@ def _grouped_bias(
         parts.append(gs.Node("Unsqueeze", f"{bias.name}/Unsqueeze", inputs=[bias, axes], outputs=[found]))
         biases[bias.name, "grouped"] = found
     return found
+
+
+def _length(
+    parts: list[gs.Node],
+    tokens: int | str | None,
+    mask: gs.Tensor | None,
+    made: dict[tuple[str, str], gs.Variable],
+) -> gs.Variable | None:
+    """How many tokens the query has, int64 [1], as the mask tells it for all layers; None if it does not."""
+    if mask is None or tokens is None or len(mask.shape or ()) != _RANK or mask.shape[2] != tokens:
+        return None
+    if (mask.name, "length") not in made:
+        length = made[mask.name, "length"] = gs.Variable(f"{_PREFIX}{mask.name}/length", np.int64)
+        parts.append(gs.Node("Shape", f"{length.name}/Shape", {"start": 2, "end": 3}, [mask], [length]))
+    return made[mask.name, "length"]
+
+
+def _sizes(
+    graph: OnnxGraph,
+    parts: list[gs.Node],
+    front: Sequence[int],
+    length: gs.Variable | None,
+    width: int,
+    made: dict[tuple[str, str], gs.Variable],
+) -> gs.Tensor:
+    """The shape [*front, length, width]. A length that is not said costs TensorRT's builder a derivation a layer."""
+    if length is None:
+        return _shape(graph, [*front, -1, width])
+    name = f"{length.name}.{'.'.join(map(str, (*front, width)))}"
+    if (name, "shape") not in made:
+        shape = made[name, "shape"] = gs.Variable(name, np.int64)
+        operands = [_shape(graph, front), length, _shape(graph, [width])]
+        parts.append(gs.Node("Concat", f"{name}/Concat", {"axis": 0}, operands, [shape]))
+    return made[name, "shape"]
 
 
 def _shape(graph: OnnxGraph, sizes: Sequence[int]) -> gs.Constant:
