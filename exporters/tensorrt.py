@@ -45,6 +45,7 @@ QUANTIZER = "rtn-symmetric"
 
 _ENGINE_DATA = ".onnx"
 _CHUNK = 1 << 24
+_MOST = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,16 @@ class EngineOptions:
     river: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "compute_capabilities", tuple(self.compute_capabilities))
+        capabilities = self.compute_capabilities
+        if not isinstance(capabilities, (tuple, list)) or not all(isinstance(one, str) for one in capabilities):
+            raise ConfigError("compute_capabilities", f'must be texts such as ("8.9",), not {capabilities!r}')
+        object.__setattr__(self, "compute_capabilities", tuple(dict.fromkeys(capabilities)))
         for field, least in (("max_batch", 1), ("max_length", 2)):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(field, f"must be a whole number, {least} or more, not {value!r}")
+            if value > _MOST:
+                raise ConfigError(field, f"must be {_MOST} or less, not {value}")
         choices: dict[str, tuple[Any, ...]] = {"dtype": (None, *DTYPES), "kv_cache": KV_CACHES, "runtime": RUNTIMES}
         for field, known in choices.items():
             if getattr(self, field) not in known:
@@ -114,6 +120,8 @@ def build(
         model: an ONNX file with a KV cache in its signature.
         config: the river's settings; `default_config` if None. Its river always computes in the engine's float type.
         tuning_ids: token ids of texts, int64 [tokens] each, for an activation-aware quantizer ("gptq-symmetric").
+        engine: the file to write.
+        options: how it is built; `EngineOptions` as it is if None.
         onnx_output: keep what was handed to TensorRT as this file; a weightless engine always keeps it, as
             ``<engine>.onnx``.
         progress: is told the step and how much of how much of it is done.
@@ -134,9 +142,10 @@ def build(
         options = dataclasses.replace(options, kv_cache="scattered")
     if options.weightless and onnx_output is None:
         onnx_output = engine.with_name(engine.name + _ENGINE_DATA)
-    for target in filter(None, (engine, onnx_output)):
-        onnx_file.check_target(target)
+    _check_files(model, engine, onnx_output)
     try:
+        for target in filter(None, (engine, onnx_output)):
+            target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{engine.name}.", dir=engine.parent) as stage:
             name = (onnx_output or Path("model.onnx")).name
             made = write_onnx(model, Path(stage) / name, config, options, progress, tuning_ids=tuning_ids)
@@ -164,6 +173,22 @@ def build(
     except OSError as error:
         raise RiverError(f"{engine}: cannot be written: {error.strerror or error}") from error
     return info
+
+
+def _check_files(model: Path, engine: Path, onnx_output: Path | None) -> None:
+    """What will be written can be, and is neither part of the model nor one file twice.
+
+    Raises:
+        InputError: it is not so.
+    """
+    targets = [target for target in (engine, side_file(engine), onnx_output) if target is not None]
+    for target in targets:
+        onnx_file.check_target(target)
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise InputError(f"{onnx_output}: the engine, its side file and the ONNX need three names")
+    proto = onnx_file.load(model)
+    for target in targets:
+        onnx_file.check_apart(target, model, proto)
 
 
 @dataclass(frozen=True)
@@ -338,7 +363,8 @@ def _info(
         caches=tuple(made.caches),
         profiles=profiles(made.proto, made.caches, options),
         defaults=made.defaults,
-        seconds={name: round(value, 2) for name, value in seconds.items()} | {"network_layers": float(built.layers)},
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+        network_layers=built.layers,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class EngineInfo:
     Fields:
         runtime, version: what built the engine; another version does not load it.
         compute_capabilities: what it was built for; empty: the runtime's default.
+        onnx: the ONNX kept of it, if it was asked for or is needed.
+        weights_sha256: of the weights that were handed to TensorRT, the external data of that ONNX.
+        seconds, network_layers: what building took, the total last; layers of TensorRT's network.
         nbytes, weightless: size of the engine file; whether its weights must be refitted from the ONNX file ``onnx``.
         layers, river_layers, exit_points, quantizer, weights_sha256, config: the river (none: a plain engine).
         dtype, kv_cache, max_batch, max_length: limits that its profiles set, and the form of its KV cache.
@@ -69,22 +73,29 @@ class EngineInfo:
     profiles: tuple[Profile, ...]
     defaults: dict[str, Any]
     seconds: dict[str, float]
+    network_layers: int
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        """The side file's text: one line an entry, lists of numbers on one line each."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        return re.sub(
+            r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+        )
 
     @classmethod
-    def load(cls, engine: Path) -> EngineInfo:
-        """The side file of an engine, checked against the engine.
+    def load(cls, engine: str | Path) -> EngineInfo:
+        """The side file of an engine, checked against the engine's size.
 
         Raises:
             InputError: engine or side file is missing, or they do not belong together (truncated, replaced).
         """
+        engine = Path(engine)
         path = side_file(engine)
-        for file in (engine, path):
-            if not file.is_file():
-                raise InputError(f"{file}: no such file")
+        if not engine.is_file():
+            raise InputError(f"{engine}: no such file")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; it is the engine's side file, and must lie beside it")
         try:
             fields = json.loads(path.read_text())
             if fields["format"] != FORMAT:

@@ -13,6 +13,7 @@ __all__ = ["RUNTIMES", "TensorRT", "load_runtime"]
 
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 RUNTIMES = ("auto", *_MODULES)
+_LEAST_CAPABILITY = 8.0
 
 
 @dataclass
@@ -35,7 +36,9 @@ class TensorRT:
     def compute_capabilities(self) -> tuple[str, ...]:
         """The compute capabilities that it can be told to build for, as "8.6"; empty if it builds for its own GPU."""
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
-        return tuple(_dotted(name) for name in members if name.startswith("SM"))
+        found = [_dotted(name) for name in members if name.startswith("SM")]
+        # Before 8.0 there are no 4-bit integers.
+        return tuple(capability for capability in found if float(capability) >= _LEAST_CAPABILITY)
 
     @property
     def updates_caches(self) -> bool:

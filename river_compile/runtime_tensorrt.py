@@ -14,7 +14,7 @@ from river_compile.exporters.tensorrt_engine import EngineInfo
 from river_compile.exporters.tensorrt_runtime import TensorRT, load_runtime
 from river_compile.runtime import Decoder, State, Step
 
-__all__ = ["TensorRTDecoder"]
+__all__ = ["TensorRTDecoder", "require_gpu"]
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 
@@ -43,7 +43,7 @@ class TensorRTDecoder(Decoder):
                 f"{path}: built by {self.info.runtime} {self.info.version}; installed is {runtime.version}, which does "
                 "not load it: build it anew"
             )
-        _require_gpu()
+        require_gpu()
         self._runtime = runtime
         self._engine = _load(runtime, path, self.info)
         self._jit_path = Path(jit_cache) if jit_cache is not None else None
@@ -175,10 +175,10 @@ class TensorRTDecoder(Decoder):
         return contexts
 
 
-def _require_gpu() -> None:
+def require_gpu() -> None:
     """
     Raises:
-        InputError: torch finds no GPU.
+        InputError: torch finds no GPU to run an engine on.
     """
     if not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no usable device"

@@ -28,7 +28,7 @@ from river_compile.errors import RiverError
 from river_compile.exporters.tensorrt import EngineOptions, build, default_config
 from river_compile.exporters.tensorrt_engine import EngineInfo
 from river_compile.runtime import Decoder
-from river_compile.runtime_tensorrt import TensorRTDecoder
+from river_compile.runtime_tensorrt import TensorRTDecoder, require_gpu
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 64, 6
 LENGTH = 512
@@ -61,7 +61,7 @@ def build_engine(model: Path, folder: Path, config: RiverConfig | None) -> tuple
     console.print(
         f"{engine.name}: {info.nbytes / 1e6:.0f} MB, parsed in {info.seconds['parse']:.1f} s, built in "
         f"{info.seconds['build']:.1f} s, builder process {cpu:.1f} CPU s, "
-        f"{info.seconds['network_layers']:.0f} TensorRT layers, {info.runtime} {info.version}"
+        f"{info.network_layers} TensorRT layers, {info.runtime} {info.version}"
     )
     return engine, cpu
 
@@ -151,6 +151,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
+        if not arguments.build_only:
+            require_gpu()
         model = arguments.model or smollm2_onnx(arguments.output)
         config = default_config(
             tau=2.0, exit_every=arguments.exit_every, keep_layers=tuple(range(arguments.keep_first))

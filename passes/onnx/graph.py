@@ -233,7 +233,7 @@ def export_model(graph: OnnxGraph) -> onnx.ModelProto:
     with _quiet_surgeon():
         model: onnx.ModelProto = gs.export_onnx(graph.surgeon, do_type_check=False)
     present = {tensor.name for tensor in model.graph.initializer}
-    for name in _names_read(model.graph) | set(graph.overridable):
+    for name in sorted(_names_read(model.graph) | set(graph.overridable)):
         constant = graph.weights.get(name)
         if constant is not None and name not in present:
             model.graph.initializer.append(_tensor_proto(constant))

@@ -167,12 +167,15 @@ def _constant_flag(branch: gs.Graph, name: str) -> gs.Variable:
 
 
 def _exit_depth(graph: OnnxGraph, conditions: Sequence[gs.Tensor], layers: int) -> None:
+    total = graph.add_weight("river/layers", np.array(layers, np.int64))
+    depth = gs.Variable(EXIT_DEPTH, np.int64, [])
+    graph.surgeon.outputs.append(depth)
+    graph.added_outputs.append(onnx.helper.make_tensor_value_info(EXIT_DEPTH, onnx.TensorProto.INT64, []))
+    if not conditions:
+        graph.nodes.append(gs.Node("Identity", "river/depth", inputs=[total], outputs=[depth]))
+        return
     chain = _Chain(graph.nodes, "river/depth/")
     flags = chain.add("Concat", conditions, bool, axis=0)
     numbers = chain.add("Cast", [flags], np.int64, to=onnx.TensorProto.INT64)
     in_river = chain.add("ReduceSum", [numbers], np.int64, keepdims=0)
-    total = graph.add_weight("river/layers", np.array(layers, np.int64))
-    depth = gs.Variable(EXIT_DEPTH, np.int64, [])
     graph.nodes.append(gs.Node("Sub", "river/depth", inputs=[total, in_river], outputs=[depth]))
-    graph.surgeon.outputs.append(depth)
-    graph.added_outputs.append(onnx.helper.make_tensor_value_info(EXIT_DEPTH, onnx.TensorProto.INT64, []))

@@ -72,7 +72,9 @@ _OPTIONS = (
         help="GPU to build for, such as 8.9; repeatable.  [default: the runtime's own choice]",
     ),
     click.option(
-        "--weightless", is_flag=True, help="Leave weights out of the engine, to be refitted from its ONNX file."
+        "--weightless",
+        is_flag=True,
+        help="Leave weights out of the engine, to be refitted from its ONNX file; needs a GPU to be built.",
     ),
 )
 
@@ -96,7 +98,7 @@ def river_defaults(context: click.Context, config: RiverConfig) -> RiverConfig:
     fields = ("group_size", "quantizer", "activations")
     unset = [name for name in fields if context.get_parameter_source(name) == ParameterSource.DEFAULT]
     if config.activations != "float" and "activations" not in unset:
-        raise ConfigError("activations", "an engine's river computes in the engine's float type")
+        raise ConfigError("activations", "an engine's river computes in the engine's float type; leave the option out")
     return dataclasses.replace(config, **{name: getattr(defaults, name) for name in unset})
 
 
@@ -120,7 +122,7 @@ def build(
     if as_json:
         click.echo(info.to_json())
     else:
-        _show(Console(quiet=quiet, highlight=False), info, engine)
+        _show(Console(quiet=quiet, highlight=False), info, engine, onnx_output)
 
 
 def _beside(model: Path) -> Path:
@@ -129,7 +131,7 @@ def _beside(model: Path) -> Path:
     return model.with_suffix(".engine") if model.suffix == ".onnx" else model.with_name(model.name + ".engine")
 
 
-def _show(console: Console, info: EngineInfo, engine: Path) -> None:
+def _show(console: Console, info: EngineInfo, engine: Path, onnx_output: Path | None) -> None:
     targets = ", ".join(info.compute_capabilities) or "the runtime's default GPUs"
     rows = (
         ("runtime", f"{info.runtime} {info.version}, for {targets}"),
@@ -140,10 +142,11 @@ def _show(console: Console, info: EngineInfo, engine: Path) -> None:
         ("KV cache", f"{info.kv_cache}, {info.dtype}"),
         ("limits", f"{info.max_batch} sequences of {info.max_length} tokens"),
         ("engine", f"{info.nbytes / 1e6:.1f} MB"),
-        ("time", ", ".join(f"{n} {s:.1f} s" for n, s in info.seconds.items() if n != "network_layers")),
+        ("time", ", ".join(f"{n} {s:.1f} s" for n, s in info.seconds.items())),
     )
     table = Table(box=box.SIMPLE, show_header=False)
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(f"wrote {engine} and {engine.name}.json", soft_wrap=True)
+    kept = f", and {onnx_output} as it was handed to TensorRT" if onnx_output is not None else ""
+    console.print(f"wrote {engine} and {engine}.json{kept}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -68,7 +69,12 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
 
 @click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: MODEL.river.onnx]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: MODEL.river.onnx]  With --target tensorrt: keep the engine's ONNX.",
+)
 @click.option(
     "--tau",
     type=float,
@@ -305,11 +311,12 @@ def _rows(report: ExportReport) -> list[tuple[str, str]]:
     kinds = f" of {report.kinds} kinds" if report.kinds > 1 else ""
     points = report.exit_points
     where = f" (after layers {points[0]} to {points[-1]})" if len(points) > 1 else ""
+    bits = "" if math.isnan(report.average_bits) else f", {report.average_bits:.2f} bits on average"
     return [
         ("decoder layers", f"{report.layers}{kinds}, found by {report.found_by}"),
         ("river layers", f"{report.river_layers}"),
         ("river", f"{_megabytes(report.river_bytes)} beside a model of {_megabytes(report.backbone_bytes)}"),
-        ("quantizer", f"{report.quantizer}, {report.average_bits:.2f} bits on average"),
+        ("quantizer", f"{report.quantizer}{bits}"),
         ("exit points", f"{len(points)}{where}"),
         *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),

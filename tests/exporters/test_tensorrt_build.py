@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -278,6 +279,45 @@ def test_an_unsupported_compute_capability_is_refused(exported: Exported, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_no_file_of_the_model_is_written_and_none_twice(exported: Exported, tmp_path: Path) -> None:
+    for file in exported("llama").parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model, engine = tmp_path / "model.onnx", tmp_path / "m.engine"
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx")
+    for target, kept in ((model, None), (engine, model), (tmp_path / "model.onnx.data", None)):
+        with pytest.raises(InputError, match="output and input are the same file"):
+            build(model, target, ONE_TWIN, options, onnx_output=kept)
+    for kept in (engine, side_file(engine)):
+        with pytest.raises(InputError, match="need three names"):
+            build(model, engine, ONE_TWIN, options, onnx_output=kept)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_is_handed_to_tensorrt_is_the_same_every_time(exported: Exported, tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; from river_compile.exporters.tensorrt import EngineOptions, default_config, write_onnx;"
+        "made = write_onnx(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), default_config(), EngineOptions());"
+        "print(made.weights_sha256)"
+    )
+    digests = set()
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", script, str(exported("llama")), str(tmp_path / f"{seed}.onnx")]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        digests.add(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    assert len(digests) == 1
+    first, second = ((tmp_path / f"{seed}.onnx.data").read_bytes() for seed in ("1", "2"))
+    assert first == second
+
+
+def test_every_layer_can_be_kept(exported: Exported, tmp_path: Path) -> None:
+    options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx")
+    config = default_config(keep_layers=tuple(range(LAYERS)))
+    info = build(exported("llama"), tmp_path / "deep" / "er" / "m.engine", config, options)
+    assert info.river_layers == 0 and info.exit_points == ()
+    assert EngineInfo.load(str(tmp_path / "deep" / "er" / "m.engine")) == info
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -287,6 +327,10 @@ def test_an_unsupported_compute_capability_is_refused(exported: Exported, tmp_pa
         ("kv_cache", "paged"),
         ("runtime", "x"),
         ("max_batch", True),
+        ("max_length", 1 << 40),
+        ("compute_capabilities", "8.9"),
+        ("compute_capabilities", (8.9,)),
+        ("compute_capabilities", 8.9),
     ],
 )
 def test_options_are_valid_by_construction(field: str, value: object) -> None:
