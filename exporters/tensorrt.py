@@ -67,6 +67,8 @@ class EngineOptions:
         weightless: leave the weights out of the engine; they are refitted from the ONNX file kept beside it. With
             TensorRT-RTX 1.7.1 such an engine needs a GPU to be built.
         river: False builds the plain model, to compare with.
+        attention_layer: keep the model's ``Attention`` nodes, for TensorRT's own layer; for plain engines only, see
+            `lower_attention`.
     """
 
     max_batch: int = 4
@@ -77,6 +79,7 @@ class EngineOptions:
     compute_capabilities: tuple[str, ...] = ()
     weightless: bool = False
     river: bool = True
+    attention_layer: bool = False
 
     def __post_init__(self) -> None:
         capabilities = self.compute_capabilities
@@ -89,6 +92,8 @@ class EngineOptions:
                 raise ConfigError(field, f"must be a whole number, {least} or more, not {value!r}")
             if value > _MOST:
                 raise ConfigError(field, f"must be {_MOST} or less, not {value}")
+        if self.attention_layer and self.river:
+            raise ConfigError("attention_layer", "TensorRT's attention layer does not build between a river's branches")
         choices: dict[str, tuple[Any, ...]] = {"dtype": (None, *DTYPES), "kv_cache": KV_CACHES, "runtime": RUNTIMES}
         for field, known in choices.items():
             if getattr(self, field) not in known:
@@ -232,7 +237,8 @@ def write_onnx(
     if options.kv_cache != "concatenated":
         scatter = options.kv_cache == "scattered"
         prepare.append(partial(static_cache, max_length=options.max_length, scatter=scatter))
-    prepare.append(lower_attention)
+    if not options.attention_layer:
+        prepare.append(lower_attention)
     result = None
     if options.river:
         prepare.append(partial(join_linears, config=config))

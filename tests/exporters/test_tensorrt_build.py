@@ -310,6 +310,15 @@ def test_what_is_handed_to_tensorrt_is_the_same_every_time(exported: Exported, t
     assert first == second
 
 
+def test_a_plain_engine_can_have_tensorrts_attention_layer(exported: Exported, tmp_path: Path) -> None:
+    options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx", river=False, attention_layer=True)
+    info = build(exported("llama"), tmp_path / "m.engine", options=options, onnx_output=tmp_path / "m.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node]
+    assert kinds.count("Attention") == info.layers == LAYERS
+    with pytest.raises(ConfigError, match="attention_layer: TensorRT's attention layer does not build between"):
+        EngineOptions(attention_layer=True)
+
+
 def test_every_layer_can_be_kept(exported: Exported, tmp_path: Path) -> None:
     options = EngineOptions(max_length=LENGTH, runtime="tensorrt-rtx")
     config = default_config(keep_layers=tuple(range(LAYERS)))
