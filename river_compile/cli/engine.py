@@ -22,12 +22,22 @@ if TYPE_CHECKING:
     from river_compile.exporters.tensorrt_engine import EngineInfo
     from river_compile.tuning import Tuning
 
-__all__ = ["build", "engine_options", "river_defaults"]
+__all__ = ["build", "engine_options", "refuse_engine_options", "river_defaults"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Said here and not imported, so that `river-export --help` need not load ONNX.
 _DTYPES = ("float16", "bfloat16", "float32")
+_ENGINE_ONLY = (
+    "engine",
+    "max_batch",
+    "max_length",
+    "dtype",
+    "kv_cache",
+    "runtime",
+    "compute_capabilities",
+    "weightless",
+)
 _OPTIONS = (
     click.option(
         "--target",
@@ -84,6 +94,16 @@ def engine_options(command: _F) -> _F:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def refuse_engine_options(context: click.Context) -> None:
+    """
+    Raises:
+        ConfigError: an option was given that means something for an engine only.
+    """
+    for name in _ENGINE_ONLY:
+        if context.get_parameter_source(name) != ParameterSource.DEFAULT:
+            raise ConfigError(name, "is for --target tensorrt only")
 
 
 def river_defaults(context: click.Context, config: RiverConfig) -> RiverConfig:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.engine import build, engine_options, river_defaults
+from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
 
@@ -251,8 +251,8 @@ def main(
             tuning = _tuning(model, config, tokenizer, tuning_texts, None, None, None)
             build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
             return
-    elif engine is not None:
-        raise ConfigError("engine", "is written with --target tensorrt only")
+    else:
+        refuse_engine_options(click.get_current_context())
     console = Console(quiet=quiet, highlight=False)
     with progress_bars(quiet or as_json) as progress:
         if dry_run:

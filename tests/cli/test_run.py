@@ -76,7 +76,9 @@ def test_an_engine_is_built_shown_and_refused_without_a_gpu(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "x.engine"], "engine: is written with --target tensorrt only"),
+        (["--engine", "x.engine"], "engine: is for --target tensorrt only"),
+        (["--dtype", "float16"], "dtype: is for --target tensorrt only"),
+        (["--weightless"], "weightless: is for --target tensorrt only"),
         (["--target", "tensorrt", "--activations", "int8"], "activations: an engine's river computes in"),
         (["--target", "tensorrt", "--avg-bits", "5"], "target: an engine's bits are planned by"),
         (["--target", "tensorrt", "--max-length", "1"], "max_length: must be a whole number, 2 or more"),
