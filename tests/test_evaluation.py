@@ -20,6 +20,7 @@ from river_compile.exporters.onnxruntime import quantizer
 from river_compile.fidelity import Document, TextTokenizer, compare
 from river_compile.subjects import BACKBONE, OnnxSubject, Reading, Setting, TorchSubject
 from tests.families import LAYERS, VOCABULARY, random_model
+from tests.first_exits import check_first_exits
 from tests.oracle import Oracle, Player, session
 
 BYTES = TextTokenizer(lambda text: [ord(c) % VOCABULARY for c in text], lambda ids: "".join(map(chr, ids)), VOCABULARY)
@@ -68,12 +69,7 @@ def test_exit_depths_follow_the_similarities_that_are_reported(river: Path) -> N
     ids = np.array(BYTES.encode(TEXTS[0].text))
     similarities = TorchSubject(random_model("llama")).read(ids, BACKBONE, stepwise=False).similarities
     assert similarities is not None
-    subject, seen = OnnxSubject(river), set()
-    decided = similarities[: LAYERS - 1, 0]
-    for tau in [*(decided - 1e-3), float(decided.max()) + 1e-3]:
-        expected = next((layer + 1 for layer, value in enumerate(decided) if value > tau), LAYERS)
-        assert subject.read(ids[:2], Setting(tau=float(tau)), stepwise=True).depths[0] == expected
-        seen.add(expected)
+    seen = check_first_exits(OnnxSubject(river), ids, similarities)
     assert len(seen) > 1
     assert LAYERS in seen
 

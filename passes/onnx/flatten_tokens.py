@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +37,14 @@ def flatten_tokens(graph: OnnxGraph, anatomy: Anatomy) -> int:
     Requires: Ifs called ``river/...``; the hidden state's shape noted.
     Ensures: the same function. A branch that mixes tokens, or whose shapes are not known, stays as it is.
     """
-    tensors = [*graph.surgeon.inputs, *(output for node in graph.nodes for output in node.outputs)]
-    first = next((tensor for tensor in tensors if tensor.name == anatomy.layers[0].hidden_in), None)
+    tensors: dict[str, gs.Tensor] = {tensor.name: tensor for tensor in graph.surgeon.inputs}
+    tensors |= {output.name: output for node in graph.nodes for output in node.outputs} | graph.weights
+    first = tensors.get(anatomy.layers[0].hidden_in)
     leading = list(first.shape[:2]) if first is not None and first.shape is not None and len(first.shape) == 3 else []
     if len(leading) != 2 or None in leading:
         log.info("the hidden state's shape is not known: branches keep batch and sequence apart")
         return 0
-    scope = _Scope.of(graph, leading)
+    scope = _Scope.of(graph, tensors, leading)
     nodes: list[gs.Node] = []
     flattened = 0
     for node in graph.nodes:
@@ -70,9 +71,7 @@ class _Scope:
     sizes: set[tuple[int, ...]]
 
     @classmethod
-    def of(cls, graph: OnnxGraph, leading: list[int | str]) -> _Scope:
-        tensors: dict[str, gs.Tensor] = {t.name: t for t in graph.surgeon.inputs}
-        tensors |= {t.name: t for node in graph.nodes for t in node.outputs} | graph.weights
+    def of(cls, graph: OnnxGraph, tensors: dict[str, gs.Tensor], leading: list[int | str]) -> _Scope:
         found = {name: layout for name, t in tensors.items() if (layout := _layout(t, leading))}
         scope = cls(leading, found, tensors, set(), {}, set())
         for node in graph.nodes:
@@ -90,6 +89,12 @@ class _Scope:
             self.reshaped[name] = gs.Variable(name + ROWS_SUFFIX, source.dtype)
         return name + ROWS_SUFFIX
 
+    def read_rows(self, node: gs.Node, inner: Container[str] = ()) -> None:
+        """Let a node read rows of outer tensors; ``inner`` names those that are none."""
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name not in inner and (rows := self.rows(tensor.name)) != tensor.name:
+                node.inputs[index] = outer(rows)
+
     def has_rows(self, name: str) -> bool:
         """Whether a tensor is made in rows."""
         return name in self.flat or (name in self.reshaped and bool(self.reshaped[name].inputs))
@@ -105,12 +110,12 @@ class _Scope:
         for name, rows in self.reshaped.items():
             if not rows.inputs:
                 width = [self.tensors[name].shape[-1]] if self.layouts[name] == ROWS else []
-                shape = _constant(graph, f"{_PREFIX}shape.{'.'.join(map(str, width))}", [-1, *width])
+                shape = graph.integers(f"{_PREFIX}shape.{'.'.join(map(str, width))}", [-1, *width])
                 made.append(gs.Node("Reshape", _PREFIX + name, inputs=[outer(name), shape], outputs=[rows]))
         leading = gs.Variable(_LEADING, np.int64)
         made.append(gs.Node("Shape", leading.name, {"start": 0, "end": 2}, [outer(hidden.name)], [leading]))
         for sizes in sorted(self.sizes):
-            rest = _constant(graph, f"{_PREFIX}sizes.{'.'.join(map(str, sizes))}", sizes)
+            rest = graph.integers(f"{_PREFIX}sizes.{'.'.join(map(str, sizes))}", sizes)
             shape = self.batched(*sizes)
             made.append(gs.Node("Concat", shape.name, {"axis": 0}, [leading, rest], [shape]))
         return made
@@ -161,10 +166,7 @@ def _flatten_if(graph: OnnxGraph, scope: _Scope, branch: gs.Node) -> Sequence[gs
             for output in node.outputs:
                 if plan.layout(output.name) != OTHER:
                     output.shape = None
-            for index, tensor in enumerate(node.inputs):
-                rows = scope.rows(tensor.name) if tensor.name not in plan.made else tensor.name
-                if rows != tensor.name:
-                    node.inputs[index] = outer(rows)
+            scope.read_rows(node, plan.made)
     return _give_back(scope, branch, layouts[0])
 
 
@@ -180,9 +182,7 @@ def _flatten_node(graph: OnnxGraph, scope: _Scope, node: gs.Node) -> Sequence[gs
     if any(map(_is_unknown, layouts, node.outputs)):
         return None
     restate(graph, node, plan, "")
-    for index, tensor in enumerate(node.inputs):
-        if tensor.name in operands:
-            node.inputs[index] = outer(scope.rows(tensor.name))
+    scope.read_rows(node)
     return _give_back(scope, node, layouts)
 
 
@@ -237,7 +237,3 @@ def _noted(bodies: Sequence[gs.Graph]) -> Mapping[str, Sequence[int | str | None
         for output in node.outputs
         if output.shape is not None
     }
-
-
-def _constant(graph: OnnxGraph, name: str, values: Sequence[int]) -> gs.Constant:
-    return graph.weights.get(name) or graph.add_weight(name, np.array(values, np.int64))

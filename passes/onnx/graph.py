@@ -67,6 +67,10 @@ class OnnxGraph:
         self.weights[name] = gs.Constant(name, values)
         return self.weights[name]
 
+    def integers(self, name: str, values: Sequence[int]) -> gs.Constant:
+        """The int64 constant of this name, of the outer scope; made at its first use."""
+        return self.weights.get(name) or self.add_weight(name, np.array(values, np.int64))
+
     def read(self, constant: gs.Constant) -> np.ndarray:
         """The values of a weight, read from external data if need be and not kept."""
         return constant_value(constant, self.folder)
@@ -200,15 +204,11 @@ def toposorted(nodes: Sequence[gs.Node]) -> list[gs.Node]:
     """
     producer = {output.name: node for node in nodes for output in node.outputs if output.name}
     begun: set[int] = set()
-    done: set[int] = set()
     ordered: list[gs.Node] = []
     stack: list[tuple[gs.Node, bool]] = [(node, False) for node in reversed(nodes)]
     while stack:
         node, ready = stack.pop()
-        if id(node) in done:
-            continue
         if ready:
-            done.add(id(node))
             ordered.append(node)
             continue
         if id(node) in begun:

@@ -46,7 +46,7 @@ def _join(graph: OnnxGraph, linears: list[Linear]) -> None:
     )
     widths = [linear.outputs for linear in linears]
     name = "joined/widths." + "+".join(map(str, widths))
-    sizes = graph.weights.get(name) or graph.add_weight(name, np.array(widths, np.int64))
+    sizes = graph.integers(name, widths)
     shape = None if results[0].shape is None else [*results[0].shape[:-1], sum(widths)]
     together = gs.Variable(f"{first.name}/together", results[0].dtype, shape)
     product = gs.Node("MatMul", first.name, inputs=[activation, weight], outputs=[together])

@@ -163,8 +163,7 @@ def _sizes(
 
 
 def _shape(graph: OnnxGraph, sizes: Sequence[int]) -> gs.Constant:
-    name = f"{_PREFIX}shape.{'.'.join(map(str, sizes))}"
-    return graph.weights.get(name) or graph.add_weight(name, np.array(sizes, np.int64))
+    return graph.integers(f"{_PREFIX}shape.{'.'.join(map(str, sizes))}", sizes)
 
 
 def _constant(graph: OnnxGraph, name: str, value: float, dtype: Any) -> gs.Constant:

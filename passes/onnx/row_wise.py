@@ -27,6 +27,7 @@ _ALONG = {"Concat": None, "LayerNormalization": -1, "LogSoftmax": -1, "LpNormali
 _ALONG |= {"Softmax": -1, "Split": 0}
 _RANK = 3
 _SLICE_AXES = 3
+_LAST_AXIS = "rows/last_axis"
 _LAST = (-1, _RANK - 1)
 
 
@@ -153,7 +154,7 @@ def restate(graph: OnnxGraph, node: gs.Node, plan: RowWise, prefix: str) -> None
     elif (place := _axes_operand(node)) is not None and (axes := plan.values(node.inputs[place])) is not None:
         if list(axes) != [_RANK - 1]:
             return
-        node.inputs[place] = _last_axis(graph)
+        node.inputs[place] = gs.Variable(graph.integers(_LAST_AXIS, [-1]).name)
     else:
         return
     graph.restated.add(node.name.removeprefix(prefix))
@@ -164,13 +165,6 @@ def _axes_operand(node: gs.Node) -> int | None:
     place = _SLICE_AXES if node.op == "Slice" else 1
     has = (node.op == "Slice" or node.op in _REDUCTIONS) and len(node.inputs) > place and bool(node.inputs[place].name)
     return place if has else None
-
-
-def _last_axis(graph: OnnxGraph) -> gs.Variable:
-    name = "rows/last_axis"
-    if name not in graph.weights:
-        graph.add_weight(name, np.array([-1], np.int64))
-    return gs.Variable(name)
 
 
 def _along_last(axes: Sequence[int] | np.ndarray | None) -> bool:
