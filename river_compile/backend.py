@@ -15,12 +15,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
-from river_compile.exporters import torch_generate, torch_seam
-from river_compile.exporters.torch_dispatch import Artifacts, Dispatcher
-from river_compile.exporters.torch_linear import GraphWeights, Lowering, Store, lowering_for, quantizer
-from river_compile.exporters.torch_recorder import CudaRecorder, Recorder
-from river_compile.exporters.torch_single_row import lower_single_rows
-from river_compile.exporters.torch_tuning import Tuned, tune_weights
+from river_compile.exporters.quantizers import quantizer
+from river_compile.exporters.torch import generate, seam
+from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
+from river_compile.exporters.torch.linear import Lowering, lowering_for
+from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
+from river_compile.exporters.torch.single_row import lower_single_rows
+from river_compile.exporters.torch.tuning import Tuned, tune_weights
+from river_compile.exporters.torch.weights import GraphWeights, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
@@ -29,7 +31,7 @@ from river_compile.passes.fx.insert_exits import insert_exits
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
 from river_compile.passes.quantizer import ActivationAware
-from river_compile.report import Stats
+from river_compile.statistics import Stats
 
 __all__ = ["RiverBackend", "reset_stats", "river", "set_max_depth", "set_tau", "stats", "tune", "tuned_digest"]
 
@@ -66,8 +68,8 @@ class RiverBackend:
         self.unrecorded: Counter[str] = Counter()
         self._recorder = recorder
         self._lowering = lowering
-        self._artifacts = Artifacts(compiler or torch_seam.compile_piece)
-        self._compile_whole = compiler or torch_seam.compile_whole
+        self._artifacts = Artifacts(compiler or seam.compile_piece)
+        self._compile_whole = compiler or seam.compile_whole
         self._store = store if store is not None else Store(_registry.tuned)
         self._parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
         self._replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
@@ -88,7 +90,7 @@ class RiverBackend:
             return _raising(error)
         except RiverError as error:
             return self._fall_back(module, inputs, error)
-        except torch_seam.dynamo_error():
+        except seam.dynamo_error():
             # How Dynamo starts its analysis anew.
             raise
         except Exception as error:
@@ -349,7 +351,7 @@ def tune(
         ConfigError: the quantizer needs no tuning, or there is no such quantizer.
         InputError: the model has no decoder layers or is in training mode, or the texts cannot be used.
     """
-    from river_compile.reference.stack import find_stack
+    from river_compile.exporters.torch.stack import find_stack
 
     config = config or RiverConfig(quantizer="gptq")
     chosen = quantizer(config.quantizer)
@@ -375,11 +377,11 @@ def tuned_digest(model: torch.nn.Module) -> str:
 
 
 def _backends_of(model: torch.nn.Module) -> list[RiverBackend]:
-    own = torch_generate.backend_of(model)
+    own = generate.backend_of(model)
     if isinstance(own, RiverBackend):
         return [own]
     backends = _registry.backends_of(model)
-    options = torch_generate.options_of(model)
+    options = generate.options_of(model)
     if options is not None and len(backends) > 1:
         config = RiverConfig.from_options(options)
         backends = [backend for backend in backends if backend.config == config]
@@ -393,4 +395,4 @@ def _backend_of(model: torch.nn.Module) -> RiverBackend:
     return _backends_of(model)[-1]
 
 
-torch_generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend))
+generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend))

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import river_compile
-from river_compile.fidelity import load_tokenizer
+from river_compile.measure.fidelity import load_tokenizer
 
 
 def main(model: str, tokenizer_folder: str, max_risk: str, *texts: str, output: str = "calibration.json") -> None:

@@ -92,7 +92,7 @@ def exported(cache: Path) -> tuple[Path, dict[str, Path]]:
     rivers = {name: cache / f"smollm2.{name}.onnx" for name in CONFIGS}
     if not plain.exists():
         with timed("Reading SmolLM2-135M and exporting it to ONNX (opset 23, about a minute and a half)"):
-            from river_compile.exporters.hf import export_decoder, load_decoder
+            from river_compile.exporters.onnx.hf import export_decoder, load_decoder
 
             part = cache / "part"
             part.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
     planned, without_head = plan(plain, config), plan(plain, replace(config, head_bits="float"))
     import onnx
 
-    from river_compile.exporters.onnx_file import tensor_bytes
+    from river_compile.exporters.onnx.onnx_file import tensor_bytes
 
     sizes = {
         tensor.name: tensor_bytes(tensor) for tensor in onnx.load(plain, load_external_data=False).graph.initializer

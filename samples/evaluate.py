@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 import river_compile
-from river_compile.fidelity import load_tokenizer
+from river_compile.measure.fidelity import load_tokenizer
 
 
 def main(model: str, tokenizer: str, *texts: str) -> None:

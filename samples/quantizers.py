@@ -25,11 +25,11 @@ from rich.table import Table
 
 from river_compile.cli.console import progress_bars
 from river_compile.config import RiverConfig
-from river_compile.exporters import onnx_file
-from river_compile.exporters.swap import SwappableModel
-from river_compile.fidelity import bootstrap, compare, load_tokenizer, shipped_texts, tokenize, vector_cosines
-from river_compile.sensitivity import Sensitivity, choose_bits, sensitivity_of
-from river_compile.tuning import Tuning
+from river_compile.exporters.onnx import onnx_file
+from river_compile.exporters.onnx.swap import SwappableModel
+from river_compile.measure.fidelity import bootstrap, compare, load_tokenizer, shipped_texts, tokenize, vector_cosines
+from river_compile.measure.sensitivity import Sensitivity, choose_bits, sensitivity_of
+from river_compile.measure.tuning import Tuning
 
 SINGLE = ("rtn", "kquant", "hqq", "lsq", "gptq-symmetric", "gptq")
 BUDGETS = (5.0, 4.5, 5.5, 6.0)

@@ -25,10 +25,10 @@ from rich.table import Table
 
 from river_compile.config import RiverConfig
 from river_compile.errors import RiverError
-from river_compile.exporters.tensorrt import EngineOptions, build, default_config
-from river_compile.exporters.tensorrt_engine import EngineInfo
-from river_compile.runtime import Decoder
-from river_compile.runtime_tensorrt import TensorRTDecoder, require_gpu
+from river_compile.exporters.tensorrt.build import EngineOptions, build, default_config
+from river_compile.exporters.tensorrt.engine import EngineInfo
+from river_compile.runtime import Decoder, TensorRTDecoder
+from river_compile.runtime.tensorrt import require_gpu
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 64, 6
 LENGTH = 512
@@ -43,7 +43,7 @@ def smollm2_onnx(folder: Path) -> Path:
     if not path.exists():
         from smollm2 import smollm2
 
-        from river_compile.exporters.hf import export_decoder, load_decoder
+        from river_compile.exporters.onnx.hf import export_decoder, load_decoder
 
         console.print("exporting SmolLM2-135M to ONNX (a minute and a half)")
         export_decoder(load_decoder(smollm2(folder / "smollm2")), path)

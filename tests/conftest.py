@@ -13,7 +13,7 @@ from filelock import FileLock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _ROOT = Path(__file__).parent.parent
-_SOURCES = (_ROOT / "exporters" / "hf.py", _ROOT / "tests" / "families.py")
+_SOURCES = tuple(_ROOT / name for name in ("exporters/onnx/hf.py", "exporters/onnx/tracing.py", "tests/families.py"))
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def exported() -> Callable[[str], Path]:
     import torch
     import transformers
 
-    from river_compile.exporters.hf import export_decoder
+    from river_compile.exporters.onnx.hf import export_decoder
     from tests.families import random_model
 
     state = "".join(path.read_text() for path in _SOURCES) + torch.__version__ + transformers.__version__

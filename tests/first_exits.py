@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from river_compile.subjects import Setting
+from river_compile.measure.subjects import Setting
 from tests.families import LAYERS
 
 

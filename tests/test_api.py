@@ -60,10 +60,13 @@ def test_progress_is_told_of_every_step(exported: Exported, tmp_path: Path) -> N
         assert values == sorted(values)
 
 
+_KQUANT = "river_compile.RiverConfig(quantizer='kquant')"
+
+
 @pytest.mark.parametrize(
     ("package", "action", "extra"),
     [
-        ("onnxruntime", "river_compile.export('{model}', '{out}')", "cpu"),
+        ("onnxruntime", f"river_compile.export('{{model}}', '{{out}}', {_KQUANT})", "cpu"),
         ("onnxruntime", "from river_compile.runtime import OnnxDecoder; OnnxDecoder('{model}')", "cpu"),
         ("transformers", "river_compile.export('{folder}', '{out}')", "hf"),
     ],

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 import river_compile
 from river_compile import RiverBackend, RiverConfig, RiverError
 from river_compile.errors import ConfigError, InputError
-from river_compile.exporters import torch_seam
-from river_compile.exporters.torch_linear import Dequantized
+from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.linear import Dequantized
 from tests.families import LAYERS, random_model
 from tests.torch_models import as_it_is, play, prompt
 
@@ -32,8 +32,8 @@ def fresh() -> None:
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backend found by its name, its pieces not compiled: what is tested is all around them."""
-    monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
-    monkeypatch.setattr(torch_seam, "compile_whole", as_it_is)
+    monkeypatch.setattr(seam, "compile_piece", as_it_is)
+    monkeypatch.setattr(seam, "compile_whole", as_it_is)
 
 
 def quick(model: Any, **options: Any) -> tuple[Any, RiverBackend]:

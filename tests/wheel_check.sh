@@ -24,9 +24,9 @@ cd "$work"
 "$work/venv/bin/river-eval" --version
 "$work/venv/bin/python" - <<'PY'
 import importlib.util, pathlib
-import river_compile, river_compile.passes.onnx.find_layers, river_compile.exporters.onnxruntime
+import river_compile, river_compile.passes.onnx.find_layers, river_compile.exporters.onnx.onnxruntime
 assert (pathlib.Path(river_compile.__file__).parent / "py.typed").exists()
-from river_compile.fidelity import shipped_texts
+from river_compile.measure.fidelity import shipped_texts
 assert len(shipped_texts("heldout")) >= 30
 assert importlib.util.find_spec("transformers") is None, "not an empty environment"
 PY

@@ -10,14 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.options import depths as depths_option
 from river_compile.cli.options import numbers
 from river_compile.config import BITS, GROUP_SIZES, RiverConfig
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.bench import BenchResult
+    from river_compile.measure.bench import BenchResult
 
 __all__ = ["main"]
 
@@ -83,7 +83,7 @@ def main(
     config = RiverConfig(bits=int(bits), group_size=int(group_size))
     import torch
 
-    from river_compile.bench import bench, draw
+    from river_compile.measure.bench import bench, draw
 
     with progress_bars(quiet) as progress:
         result = bench(

@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.options import cache_option, numbers
 from river_compile.errors import InputError
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.calibration import Calibration
+    from river_compile.measure.calibration import Calibration
 
 __all__ = ["main"]
 
@@ -99,9 +99,9 @@ def main(
     MODEL is an exported river model, or a folder of a Hugging Face decoder. The result holds for new texts of the same
     kind, with the stated confidence; where no threshold can be certified, it is never to exit.
     """
-    from river_compile.calibration import calibrate
-    from river_compile.fidelity import load_tokenizer
-    from river_compile.risk import check_risk
+    from river_compile.measure.calibration import calibrate
+    from river_compile.measure.fidelity import load_tokenizer
+    from river_compile.measure.risk import check_risk
 
     check_risk(max_risk, confidence)
     for path in (output, png):
@@ -130,7 +130,7 @@ def main(
     if output is not None:
         result.save(output)
     if png is not None:
-        from river_compile.plots import draw_calibration
+        from river_compile.measure.plots import draw_calibration
 
         draw_calibration(result, png)
     if as_json:

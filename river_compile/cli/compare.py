@@ -10,14 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.options import cache_option, numbers
 from river_compile.config import GROUP_SIZES, KV_POLICIES, RiverConfig
 from river_compile.errors import InputError
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.kv_comparison import Comparison, PolicyPoint
+    from river_compile.measure.kv_comparison import Comparison, PolicyPoint
 
 __all__ = ["main"]
 
@@ -101,9 +101,9 @@ def main(
     """
     import torch
 
-    from river_compile.exporters.hf import load_decoder
-    from river_compile.fidelity import load_tokenizer
-    from river_compile.kv_comparison import compare_policies
+    from river_compile.exporters.onnx.hf import load_decoder
+    from river_compile.measure.fidelity import load_tokenizer
+    from river_compile.measure.kv_comparison import compare_policies
     from river_compile.reference import ReferenceDecoder
 
     for path in (png, output):
@@ -131,7 +131,7 @@ def main(
     if output is not None:
         output.write_text(result.to_json() + "\n", encoding="utf-8")
     if png is not None:
-        from river_compile.plots import draw_policies
+        from river_compile.measure.plots import draw_policies
 
         draw_policies(result, png)
     if as_json:

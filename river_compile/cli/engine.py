@@ -18,9 +18,9 @@ from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
-    from river_compile.exporters.tensorrt import EngineOptions
-    from river_compile.exporters.tensorrt_engine import EngineInfo
-    from river_compile.tuning import Tuning
+    from river_compile.exporters.tensorrt.build import EngineOptions
+    from river_compile.exporters.tensorrt.engine import EngineInfo
+    from river_compile.measure.tuning import Tuning
 
 __all__ = ["build", "engine_options", "refuse_engine_options", "river_defaults"]
 
@@ -112,7 +112,7 @@ def river_defaults(context: click.Context, config: RiverConfig) -> RiverConfig:
     Raises:
         ConfigError: int8 activations were asked for.
     """
-    from river_compile.exporters.tensorrt import default_config
+    from river_compile.exporters.tensorrt.build import default_config
 
     defaults = default_config()
     fields = ("group_size", "quantizer", "activations")

@@ -10,16 +10,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.options import cache_option, numbers
 from river_compile.cli.options import depths as depths_option
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.evaluation import Evaluation, SettingResult
-    from river_compile.fidelity import Interval
+    from river_compile.measure.evaluation import Evaluation, SettingResult
+    from river_compile.measure.fidelity import Interval
 
 __all__ = ["main"]
 
@@ -105,9 +105,9 @@ def main(
     The table shows, for each threshold and forced depth: top-1 agreement, top-5 overlap, KL divergence, perplexity,
     cosine of K and V, exit depth and speed.
     """
-    from river_compile.evaluation import evaluate
-    from river_compile.fidelity import load_tokenizer
-    from river_compile.sensitivity import Sensitivity
+    from river_compile.measure.evaluation import evaluate
+    from river_compile.measure.fidelity import load_tokenizer
+    from river_compile.measure.sensitivity import Sensitivity
 
     measured = Sensitivity.load(sensitivity) if sensitivity is not None else None
     for path in (html, output):
@@ -139,7 +139,7 @@ def main(
     if output is not None:
         output.write_text(result.to_json() + "\n", encoding="utf-8")
     if html is not None:
-        from river_compile.report_html import render
+        from river_compile.measure.report_html import render
 
         html.write_text(render(result, measured), encoding="utf-8")
     if as_json:

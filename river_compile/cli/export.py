@@ -12,16 +12,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan
+    from river_compile.measure.tuning import Tuning
     from river_compile.passes.anatomy import Layer
-    from river_compile.tuning import Tuning
 
 __all__ = ["main"]
 
@@ -237,7 +237,7 @@ def main(
             raise ConfigError("target", "an engine's bits are planned by --bits and --bits-for only")
         config = river_defaults(click.get_current_context(), config)
         if not dry_run:
-            from river_compile.exporters.tensorrt import EngineOptions
+            from river_compile.exporters.tensorrt.build import EngineOptions
 
             options = EngineOptions(
                 max_batch=max_batch,
@@ -281,10 +281,10 @@ def _tuning(
     sensitivity: Path | None,
 ) -> Tuning | None:
     """Tuning, if any option asks for it or the quantizer does."""
-    from river_compile.exporters.onnxruntime import quantizer
-    from river_compile.fidelity import load_texts, load_tokenizer
+    from river_compile.exporters.quantizers import quantizer
+    from river_compile.measure.fidelity import load_texts, load_tokenizer
+    from river_compile.measure.tuning import Tuning
     from river_compile.passes.quantizer import ActivationAware
-    from river_compile.tuning import Tuning
 
     aware = isinstance(quantizer(config.quantizer), ActivationAware)
     if not (aware or texts or avg_bits is not None or max_kl is not None or sensitivity):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from river_compile import __version__
 from river_compile.cli.console import RiverCommand
 from river_compile.errors import ConfigError, InputError, MissingExtra
+from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.runtime import Decoder, Step
@@ -69,7 +69,7 @@ def main(
         click.echo(json.dumps(OnnxDecoder(model).metadata, indent=2))
         return
     if info:
-        from river_compile.exporters.tensorrt_engine import EngineInfo
+        from river_compile.exporters.tensorrt.engine import EngineInfo
 
         click.echo(EngineInfo.load(model).to_json())
         return
@@ -116,7 +116,7 @@ def _check(model: Path, prompts: list[list[int]], new_tokens: int) -> None:
     if any(not tokens for tokens in prompts):
         raise ConfigError("prompts", "each needs at least one token")
     if model.suffix != ".onnx":
-        from river_compile.exporters.tensorrt_engine import EngineInfo
+        from river_compile.exporters.tensorrt.engine import EngineInfo
 
         EngineInfo.load(model).check_request(len(prompts), max(map(len, prompts)) + new_tokens - 1)
 
@@ -126,7 +126,7 @@ def _decoder(model: Path, jit_cache: Path | None) -> Decoder:
         from river_compile.runtime import OnnxDecoder
 
         return OnnxDecoder(model)
-    from river_compile.runtime_tensorrt import TensorRTDecoder
+    from river_compile.runtime import TensorRTDecoder
 
     return TensorRTDecoder(model, jit_cache)
 

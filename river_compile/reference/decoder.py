@@ -14,12 +14,12 @@ from torch import nn
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.torch.stack import find_stack
 from river_compile.passes.quantizer import Quantizer
 from river_compile.reference.cache import RiverCache
 from river_compile.reference.layers import Probe, Slot, keys_only
 from river_compile.reference.policies import POLICIES, Call, LayerParts, Policy
 from river_compile.reference.river import grow_river
-from river_compile.reference.stack import find_stack
 
 __all__ = ["ReferenceDecoder", "ReferenceState", "fingerprint"]
 
@@ -75,7 +75,7 @@ class ReferenceDecoder:
         quantizer: Quantizer | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        from river_compile.exporters.onnxruntime import quantizer as by_name
+        from river_compile.exporters.quantizers import quantizer as by_name
 
         self.config = config or RiverConfig()
         self._model = model.eval()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from river_compile.exporters.torch.stack import is_linear, twin_of
 from river_compile.reference.cache import KeysWritten, RiverCache
 from river_compile.reference.policies import Call
-from river_compile.reference.stack import is_linear, twin_of
 
 __all__ = ["Probe", "Slot", "keys_only"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from river_compile.config import RiverConfig
+from river_compile.exporters.torch.stack import twin_of
 from river_compile.passes.quantizer import QuantizedWeight, Quantizer
-from river_compile.reference.stack import twin_of
 
 __all__ = ["Int4Linear", "grow_river", "river_linear"]
 

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 import river_compile
 from river_compile.cli.evaluate import main
 from river_compile.config import RiverConfig
-from river_compile.exporters import torch_seam
-from river_compile.sensitivity import measure_sensitivity
+from river_compile.exporters.torch import seam
+from river_compile.measure.sensitivity import measure_sensitivity
 from tests.families import LAYERS, VOCABULARY
 from tests.torch_models import as_it_is
 from tests.words import save_word_model
@@ -169,7 +169,7 @@ def test_a_folder_is_compiled_and_its_own_tokenizer_read(
     """GPTQ's weights are made on the package's tuning texts first."""
     import torch
 
-    monkeypatch.setattr(torch_seam, "compile_piece", as_it_is)
+    monkeypatch.setattr(seam, "compile_piece", as_it_is)
     torch.compiler.reset()
     model = save_word_model(tmp_path / "model")
     options = ["--tau", "1", "--depths", "0,2", "--speed-rounds", "0", "--no-cache", "--dtype", "float32", "--json"]

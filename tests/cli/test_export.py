@@ -157,7 +157,7 @@ def test_a_hugging_face_folder_is_exported_first(tmp_path: Path) -> None:
 
 _SLOW_DISK = """
 import time
-from river_compile.exporters import onnx_file
+from river_compile.exporters.onnx import onnx_file
 chunks = onnx_file._chunks
 def slowly(*arguments):
     for chunk in chunks(*arguments):

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 
 from river_compile.config import KV_POLICIES, RiverConfig
 from river_compile.errors import ConfigError, LayersNotFound
-from river_compile.exporters.onnxruntime import quantizer
+from river_compile.exporters.quantizers import quantizer
+from river_compile.exporters.torch.stack import find_stack, is_linear
 from river_compile.reference import POLICIES, ReferenceDecoder, ReferenceState
 from river_compile.reference.river import Int4Linear, river_linear
-from river_compile.reference.stack import find_stack, is_linear
 from tests.families import LAYERS, VOCABULARY, random_model
 
 FAMILIES = ("llama", "phi3", "gpt2", "opt", "gemma2", "bloom")

@@ -12,7 +12,7 @@ import pytest
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.exporters.tensorrt_engine import EngineInfo
+from river_compile.exporters.tensorrt.engine import EngineInfo
 from tests.families import VOCABULARY
 
 ROOT = Path(__file__).parent.parent.parent

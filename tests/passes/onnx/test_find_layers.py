@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from river_compile.errors import LayersNotFound
-from river_compile.exporters.rewrite import dissect
+from river_compile.exporters.onnx.rewrite import dissect
 from river_compile.passes.anatomy import Layer
 from river_compile.passes.onnx.find_layers import Anatomy
 from tests.contrib_model import ContribDecoder

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from river_compile.errors import PassError
-from river_compile.exporters.tensorrt import EngineOptions, default_config, write_onnx
+from river_compile.exporters.tensorrt.build import EngineOptions, default_config, write_onnx
 from river_compile.passes.anatomy import Anatomy, Layer
 from river_compile.passes.onnx.flatten_tokens import flatten_tokens
 from river_compile.passes.onnx.graph import export_model, import_model, toposorted

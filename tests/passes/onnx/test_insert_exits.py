@@ -12,7 +12,7 @@ import pytest
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.exporters.rewrite import dissect
+from river_compile.exporters.onnx.rewrite import dissect
 from tests.families import LAYERS, VOCABULARY
 from tests.oracle import Player, session
 

@@ -13,7 +13,7 @@ import pytest
 from river_compile.api import export, plan
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
-from river_compile.exporters.rewrite import survey
+from river_compile.exporters.onnx.rewrite import survey
 from river_compile.passes.onnx.share_head import HEAD
 from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY
 from tests.oracle import Oracle, Player, assert_close, dequantize, session

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from river_compile.errors import ConfigError, InputError
-from river_compile.exporters import onnx_file
+from river_compile.exporters.onnx import onnx_file
 from river_compile.passes.onnx.find_layers import find_layers
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
 from river_compile.passes.onnx.static_cache import KV_CACHE, static_cache

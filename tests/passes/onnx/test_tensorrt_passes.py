@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 
 from river_compile.config import RiverConfig
-from river_compile.exporters import onnx_file
+from river_compile.exporters.onnx import onnx_file
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
 from river_compile.passes.onnx.join_linears import join_linears
 from river_compile.passes.onnx.lower_attention import lower_attention

@@ -12,8 +12,9 @@ import pytest
 
 from river_compile.config import RiverConfig
 from river_compile.errors import PassError
-from river_compile.exporters.onnxruntime import MatMulNBits, RoundToNearest
-from river_compile.exporters.rewrite import dissect
+from river_compile.exporters.onnx.onnxruntime import MatMulNBits
+from river_compile.exporters.onnx.rewrite import dissect
+from river_compile.exporters.quantizers.rtn import RoundToNearest
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph
 from river_compile.passes.onnx.grow_river import grow_river

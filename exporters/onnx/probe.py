@@ -1,0 +1,122 @@
+"""Tensors inside a model made visible: copies of an ONNX model, in memory, with more outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from river_compile.errors import InputError, MissingExtra
+from river_compile.exporters.onnx.onnx_file import EXTERNAL_ABOVE, tensor_bytes
+
+__all__ = ["HiddenStates", "Probe"]
+
+_LAYER = "river/layer."
+
+
+class Probe:
+    """An ONNX decoder that tells named tensors of its outer graph, in ONNX Runtime on the CPU.
+
+    Args:
+        model: read without external data, its signature a decoder's with a KV cache; it is changed by this call.
+        folder: where its external data lies.
+        tensors: names of the tensors to tell.
+        open_weights: names of weights that a pass may replace.
+
+    Raises:
+        InputError: ONNX Runtime cannot load the model, or it is too large to be copied.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, folder: Path, tensors: Sequence[str], open_weights: Collection[str] = ()
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtra("onnxruntime", "cpu", "looking into a model") from error
+        self.tensors = tuple(tensors)
+        present = {value.name for value in model.graph.output}
+        for name in self.tensors:
+            if name not in present:
+                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        # An initializer that is a graph input as well is a default.
+        for tensor in model.graph.initializer:
+            if tensor.name in open_weights:
+                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                model.graph.input.append(value)
+        if sum(map(tensor_bytes, (t for t in model.graph.initializer if t.raw_data))) > EXTERNAL_ABOVE:
+            raise InputError("the model holds over 1 GB of weights in one file; export it with external data")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # A probe is used between other work: its idle threads should not spin.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise InputError(f"ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+
+    def read(self, ids: np.ndarray, weights: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """The tensors of one pass from an empty KV cache.
+
+        Args:
+            ids: int64 [tokens], or [batch, tokens].
+            weights: replacements for open weights.
+        """
+        ids = np.atleast_2d(ids)
+        batch, length = ids.shape
+        feeds: dict[str, Any] = {}
+        for value in self._session.get_inputs():
+            if value.name == "input_ids":
+                feeds[value.name] = ids
+            elif value.name == "attention_mask":
+                feeds[value.name] = np.ones((batch, length), np.int64)
+            elif value.name == "position_ids":
+                feeds[value.name] = np.tile(np.arange(length), (batch, 1))
+            else:
+                feeds[value.name] = _empty_cache(value, batch)
+        feeds |= self._settings() | dict(weights or {})
+        return dict(zip(self.tensors, self._session.run(list(self.tensors), feeds), strict=True))
+
+    def _settings(self) -> dict[str, np.ndarray]:
+        overridable = {value.name for value in self._session.get_overridable_initializers()}
+        never = np.array(2.0, np.float32)
+        return {"river.tau": never} if "river.tau" in overridable else {}
+
+
+def _empty_cache(value: Any, batch: int) -> np.ndarray:
+    """Symbolic sizes are the batch, which comes first, and the past, which is empty."""
+    if len(value.shape) < 3:
+        raise InputError(f"the model needs an input {value.name!r} that is unknown here")
+    sizes = [size if isinstance(size, int) else (batch if axis == 0 else 0) for axis, size in enumerate(value.shape)]
+    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    if value.type not in kinds:
+        raise InputError(f"KV cache of type {value.type}: only float and float16 run here")
+    return np.zeros(sizes, kinds[value.type])
+
+
+class HiddenStates:
+    """The hidden states between the decoder layers of a river model, in backbone passes.
+
+    Args:
+        path: an exported river model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        model = onnx.load(str(path), load_external_data=False)
+        # The first output of a layer's If is its hidden state: see Layer.outputs.
+        self._depths = {
+            node.output[0]: int(node.name.removeprefix(_LAYER)) + 1
+            for node in model.graph.node
+            if node.op_type == "If" and node.name.startswith(_LAYER)
+        }
+        self._probe = Probe(model, path.parent, list(self._depths))
+
+    def read(self, ids: np.ndarray) -> dict[int, np.ndarray]:
+        """By depth: the hidden state after that many layers, float32 [tokens, width]."""
+        return {self._depths[name]: value[0].astype(np.float32) for name, value in self._probe.read(ids).items()}

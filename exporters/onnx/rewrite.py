@@ -1,0 +1,167 @@
+"""ONNX in, river ONNX out: the passes in their order, with the check after each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG, tensor_bytes
+from river_compile.passes.onnx.find_layers import Anatomy, find_layers
+from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
+from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
+from river_compile.passes.onnx.insert_exits import exit_points, insert_exits
+from river_compile.passes.onnx.share_head import share_head
+from river_compile.passes.onnx.share_kv import share_kv
+from river_compile.passes.onnx.unfuse_skip_norms import unfuse_skip_norms
+from river_compile.passes.onnx.verify import Original, verify
+from river_compile.passes.quantizer import Quantizer
+
+__all__ = ["Finish", "Preparation", "Rewrite", "count_nodes", "dissect", "exit_points", "rewrite", "survey"]
+
+log = logging.getLogger("river_compile")
+
+Preparation = Callable[[OnnxGraph], object]
+Finish = Callable[[OnnxGraph, Anatomy], object]
+
+
+@dataclass
+class Rewrite:
+    """The rewritten model and what the passes found and made."""
+
+    model: onnx.ModelProto
+    anatomy: Anatomy
+    river: River
+    exit_points: tuple[int, ...]
+    backbone_bytes: int
+    added_nodes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def dissect(
+    model: onnx.ModelProto, folder: Path | None, prepare: Sequence[Preparation] = ()
+) -> tuple[OnnxGraph, Anatomy]:
+    """Import a model, bring it into the form the passes expect, and find its layers.
+
+    Args:
+        prepare: passes of a destination, which run first.
+
+    Raises:
+        LayersNotFound: it is no decoder with a KV cache.
+    """
+    graph = import_model(model, folder)
+    for prepared in prepare:
+        prepared(graph)
+    unfuse_skip_norms(graph)
+    return graph, find_layers(graph)
+
+
+def rewrite(
+    model: onnx.ModelProto,
+    folder: Path | None,
+    config: RiverConfig,
+    quantizer: Quantizer,
+    lowering: LinearLowering,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    moments: Mapping[str, np.ndarray] | None = None,
+    *,
+    prepare: Sequence[Preparation] = (),
+    finish: Sequence[Finish] = (),
+) -> Rewrite:
+    """Give a decoder its exit river.
+
+    Args:
+        model: a decoder with a KV cache, read without external data; it is consumed.
+        folder: where its external data lies.
+        progress: is told layers quantized and layers in all.
+        moments: see `grow_river`.
+        prepare, finish: passes that only this destination needs, before and after those that all have.
+
+    Raises:
+        RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
+    """
+    nodes_before = len(model.graph.node)
+    backbone_bytes = sum(map(tensor_bytes, model.graph.initializer))
+    seconds: dict[str, float] = {}
+    ran: list[str] = []
+
+    def after(name: str, started: float) -> None:
+        seconds[name] = time.perf_counter() - started
+        ran.append(name)
+        verify(graph, original, anatomy, ran)
+        if config.dump_dir is not None:
+            _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
+
+    started = time.perf_counter()
+    graph, anatomy = dissect(model, folder, prepare)
+    original = Original.of(graph)
+    after("find_layers", started)
+    started = time.perf_counter()
+    river = grow_river(graph, anatomy, config, quantizer, lowering, progress, moments)
+    after("grow_river", started)
+    started = time.perf_counter()
+    branches = share_kv(graph, anatomy, river, config.max_depth)
+    after("share_kv", started)
+    started = time.perf_counter()
+    points = insert_exits(graph, anatomy, branches, config)
+    after("insert_exits", started)
+    if river.head_twin is not None:
+        started = time.perf_counter()
+        share_head(graph, river, branches)
+        after("share_head", started)
+    for finishing in finish:
+        started = time.perf_counter()
+        finishing(graph, anatomy)
+        after(getattr(finishing, "__name__", "finish"), started)
+    graph.metadata[RIVER_CONFIG] = config.to_json()
+    if config.calibration is not None:
+        graph.metadata[CALIBRATION] = str(config.calibration)
+    graph.metadata["river.quantizer"] = quantizer.name
+    graph.metadata["river.layers"] = str(len(anatomy.layers))
+    slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]
+    graph.metadata["river.cache"] = json.dumps(slots)
+    rewritten = export_model(graph)
+    return Rewrite(
+        rewritten, anatomy, river, points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds
+    )
+
+
+def survey(model: onnx.ModelProto, folder: Path | None, config: RiverConfig) -> tuple[Anatomy, River]:
+    """What `rewrite` would do: the anatomy, and the river without its twins. Reads no weight.
+
+    Raises: as `rewrite`.
+    """
+    graph, anatomy = dissect(model, folder)
+    return anatomy, plan_river(graph, anatomy, config)
+
+
+def count_nodes(graph: onnx.GraphProto) -> int:
+    """Nodes of a graph and of all its subgraphs."""
+    inner = sum(count_nodes(a.g) for node in graph.node for a in node.attribute if a.HasField("g"))
+    return len(graph.node) + inner
+
+
+def _dump(graph: OnnxGraph, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(onnx.printer.to_text(_without_weights(export_model(graph))))
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with large weights replaced by a mention of their type and shape, for reading."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    del shown.graph.initializer[:]
+    for tensor in model.graph.initializer:
+        if tensor_bytes(tensor) <= 64:
+            shown.graph.initializer.append(tensor)
+        else:
+            dims = list(tensor.dims)
+            shown.graph.value_info.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, dims))
+    return shown

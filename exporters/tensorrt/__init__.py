@@ -1,0 +1,1 @@
+"""TensorRT engines: the ONNX handed over, the builder process, the side file."""

@@ -1,0 +1,1 @@
+"""The torch.compile backend's parts: products, weights, dispatch, and the seam to torch."""

@@ -1,0 +1,171 @@
+"""torch's linear layers with quantized weights: a lowering for each device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from river_compile.errors import RiverError
+from river_compile.passes.quantizer import QuantizedWeight
+
+__all__ = ["Dequantized", "Int4Cpu", "Int4Cuda", "Lowering", "lowering_for"]
+
+
+class Lowering(Protocol):
+    """How a device multiplies with quantized weights.
+
+    ``max_rows`` is the most rows of an activation for which it is known to be faster than the float product.
+    """
+
+    name: str
+    max_rows: int
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The operands that stand for a weight in a model of type ``dtype``."""
+        ...
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        """``function(activation, operands, outputs, bits, group_size, bias)``."""
+        ...
+
+
+class Dequantized:
+    """Float products with the dequantized weight: no faster than the backbone, and the judge of the other lowerings.
+
+    It serves where a device has no kernel as well.
+    """
+
+    name = "dequantized"
+    max_rows = 1 << 30
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        return (torch.from_numpy(weight.dequantize().T.copy()).to(device, dtype),)
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        return dequantized_product
+
+
+def dequantized_product(
+    activation: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    outputs: int,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return functional.linear(activation, operands[0], bias)
+
+
+class Int4Cpu:
+    """torch's own CPU kernel for 4-bit weights. It computes with bfloat16 activations whatever the model's type.
+
+    8-bit weights are two 4-bit planes, their products added. Groups smaller than the kernel's least stay float.
+    Measured on x86 with AVX-512: faster than bfloat16 up to 4 rows, even at 8, slower from 16 on.
+    """
+
+    name = "int4-cpu"
+    max_rows = 4
+    _row_multiple = 16
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        if weight.group_size < 32:
+            return Dequantized().pack(weight, dtype, device)
+        values, parameters = _planes(weight, self._row_multiple)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(device), 1)
+        return packed, parameters.to(device)
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        return int4_product
+
+
+class Int4Cuda:
+    """torch's own CUDA kernel for 4-bit weights (tinygemm), bfloat16 activations, compute capability 8.0 and later.
+
+    Written to torch's documentation of the operators; it has not been run on a GPU yet.
+    """
+
+    name = "int4-cuda"
+    max_rows = 16
+    _row_multiple = 8
+    _tiles = 8
+
+    def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        inputs = weight.values.shape[1] * weight.group_size
+        if weight.group_size < 32 or inputs % (self._tiles * 16):
+            return Dequantized().pack(weight, dtype, device)
+        values, parameters = _planes(weight, self._row_multiple)
+        pairs = (values[:, ::2] << 4 | values[:, 1::2]).to(torch.uint8).to(device)
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, self._tiles)
+        return packed, parameters.to(device)
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        return int4_product
+
+
+def int4_product(
+    activation: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    outputs: int,
+    bits: int,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if len(operands) == 1:
+        return functional.linear(activation, operands[0], bias)
+    on_cpu = activation.device.type == "cpu"
+    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+    rows = activation.reshape(-1, activation.shape[-1]).to(torch.bfloat16).contiguous()
+    return _finish(kernel(rows, operands[0], group_size, operands[1]), activation, outputs, bits, bias)
+
+
+def _planes(weight: QuantizedWeight, row_multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as torch's 4-bit kernels take it: grid indices, int32 [rows, inputs], and for each group scale and
+    middle, bfloat16 [groups, rows, 2], that stand for ``(index - 8) * scale + middle``.
+
+    8 bits are two planes of rows one after the other: ``index = 16 * high + low``. Rows are filled up with zeros.
+    """
+    values = torch.from_numpy(weight.values).to(torch.int32)
+    scales, zeros = torch.from_numpy(weight.scales), torch.from_numpy(weight.zero_points).to(torch.int32)
+    outputs = values.shape[0]
+    filled = -outputs % row_multiple
+    planes = [(values, scales, zeros)]
+    if weight.bits == 8:
+        planes = [(values >> 4, scales * 16, zeros >> 4), (values & 15, scales, zeros & 15)]
+    rows, parameters = [], []
+    for indices, step, zero in planes:
+        middle = (8 - zero) * step
+        rows.append(functional.pad(indices.reshape(outputs, -1), (0, 0, 0, filled)))
+        parameters.append(functional.pad(torch.stack([step, middle], -1), (0, 0, 0, 0, 0, filled)))
+    joined = torch.cat(parameters).transpose(0, 1).contiguous()
+    return torch.cat(rows).contiguous(), joined.to(torch.bfloat16)
+
+
+def _finish(
+    result: torch.Tensor, activation: torch.Tensor, outputs: int, bits: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """From the kernel's rows to a linear layer's result: planes added, filling cut off, shape and type restored."""
+    if bits == 8:
+        half = result.shape[-1] // 2
+        result = result[:, :half] + result[:, half:]
+    result = result[:, :outputs].to(activation.dtype).reshape(*activation.shape[:-1], outputs)
+    return result if bias is None else result + bias
+
+
+def lowering_for(device: torch.device) -> Lowering:
+    """The fastest lowering that a device has.
+
+    Raises:
+        RiverError: river layers cannot run on this device.
+    """
+    if device.type == "cpu" and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return Int4Cpu()
+    if device.type == "cuda" and hasattr(torch.ops.aten, "_weight_int4pack_mm"):
+        return Int4Cuda()
+    raise RiverError(f"torch {torch.__version__} has no 4-bit linear layer for {device.type}")

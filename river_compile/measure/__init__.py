@@ -1,0 +1,1 @@
+"""How good and how fast a river is: fidelity, calibration, sensitivity, benchmarks, and their pages and plots."""

@@ -1,0 +1,343 @@
+"""Side by side: a model in eager mode, compiled by Inductor, and compiled with an exit river."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from river_compile.backend import RiverBackend
+from river_compile.config import RiverConfig
+from river_compile.errors import InputError, MissingExtra
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BenchResult", "BenchRow", "bench", "draw"]
+
+Progress = Callable[[str, int, int], None]
+_REFERENCE = "inductor"
+
+
+@dataclass
+class BenchRow:
+    """One way to run the model.
+
+    Fields:
+        name: what it is.
+        tau, max_depth: how its passes exit; None where that does not apply.
+        seconds: time of a decode pass, the median of each round.
+        depths: exit depth of every decode pass.
+        bytes_per_token: weights read for one token at the mean exit depth.
+    """
+
+    name: str
+    tau: float | None = None
+    max_depth: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    bytes_per_token: float = math.nan
+
+    @property
+    def mean_depth(self) -> float:
+        return statistics.fmean(self.depths) if self.depths else math.nan
+
+    @property
+    def median(self) -> float:
+        """Seconds of a decode pass: the median over rounds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass
+class BenchResult:
+    """A table of `BenchRow`, and what the machine and the compilation were.
+
+    Fields:
+        model, device, dtype, batch, new_tokens, rounds: what was run.
+        bandwidth: bytes a second read from memory, measured in the same process.
+        compile_seconds: of the first generation, prompt and both decode graphs, with empty caches, by "inductor" and
+            "river"; the river's includes making it.
+        backbone_bytes, river_bytes: weights of the model and of the river.
+        decode_peak_bytes: most memory of the process while it decodes (on a GPU: of its memory), by "inductor", with no
+            river made yet, and "river", with all that Inductor's version holds still there. The difference is what the
+            river costs, at most.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    new_tokens: int
+    rounds: int
+    bandwidth: float
+    rows: list[BenchRow]
+    compile_seconds: dict[str, float]
+    backbone_bytes: int
+    river_bytes: int
+    decode_peak_bytes: dict[str, int]
+
+    def ratio(self, row: BenchRow) -> float:
+        """How many times faster than plain Inductor: the median over rounds of the ratio within a round."""
+        reference = next(found for found in self.rows if found.name == _REFERENCE)
+        return statistics.median(base / own for base, own in zip(reference.seconds, row.seconds, strict=True))
+
+    def limit(self, row: BenchRow) -> float:
+        """The byte limit, tokens a second of one sequence: memory bandwidth over the weights read for a token."""
+        return self.bandwidth / row.bytes_per_token
+
+    def to_json(self) -> str:
+        """Everything, rounds included, and the derived figures, as one JSON object."""
+        document = asdict(self)
+        for shown, row in zip(document["rows"], self.rows, strict=True):
+            shown |= {
+                "tokens_per_second": self.batch / row.median,
+                "ratio": self.ratio(row),
+                "mean_depth": None if math.isnan(row.mean_depth) else row.mean_depth,
+                "byte_limit_tokens_per_second": self.batch * self.limit(row),
+            }
+        return json.dumps(document, indent=2)
+
+
+def bench(
+    folder: str | Path,
+    *,
+    taus: Sequence[float] = (),
+    depths: Sequence[int] = (1, 4),
+    rounds: int = 5,
+    new_tokens: int = 32,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    config: RiverConfig | None = None,
+    prompt: str = "Explain in a few sentences how a lighthouse helps ships at night.",
+    progress: Progress = lambda step, done, total: None,
+) -> BenchResult:
+    """Time decode passes of a Hugging Face model, all ways interleaved, with a static cache and greedy choice.
+
+    Args:
+        folder: a model with its tokenizer.
+        taus: thresholds to run the river at; ``depths`` are exit depths to force.
+        rounds: interleaved rounds after one of warm-up.
+        config: of the river; its tau and max_depth are overridden.
+
+    Raises:
+        InputError: it is no decoder that gets a river.
+        MissingExtra: transformers is not installed.
+    """
+    model, tokens = _load(folder, dtype, device, prompt, batch)
+    backend = RiverBackend(config)
+    compiled: dict[str, Callable[..., Any]] = {"eager": model}
+    seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    for name, kind in ((_REFERENCE, "inductor"), ("river", backend)):
+        progress(f"compile: {name}", 0, 1)
+        with _fresh_cache():
+            torch.compiler.reset() if name == _REFERENCE else None
+            compiled[name] = torch.compile(model, backend=kind)
+            started = time.perf_counter()
+            for _ in range(2):
+                _decode(model, compiled[name], tokens, 3)
+            seconds[name] = time.perf_counter() - started
+        peaks[name] = _peak_bytes(device, partial(_decode, model, compiled[name], tokens, 3))
+        progress(f"compile: {name}", 1, 1)
+    stats = backend.stats()
+    if stats.fallbacks or not stats.river_layers:
+        raise InputError(f"{folder}: no river: {'; '.join(stats.fallbacks) or 'no layer has a twin'}")
+    rows = _rows(stats.layers, taus, depths)
+    for round_ in range(rounds + 1):
+        for row in rows:
+            progress("measure", round_ * len(rows) + rows.index(row), (rounds + 1) * len(rows))
+            _measure(row, model, compiled, backend, tokens, new_tokens, keep=round_ > 0)
+    weights = _weigh(model, backend, stats.layers)
+    for row in rows:
+        depth = stats.layers if math.isnan(row.mean_depth) else row.mean_depth
+        row.bytes_per_token = weights(depth)
+    progress("measure", 1, 1)
+    return BenchResult(
+        model=str(folder),
+        device=_device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        batch=batch,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        bandwidth=_bandwidth(device),
+        rows=rows,
+        compile_seconds={name: round(value, 2) for name, value in seconds.items()},
+        backbone_bytes=stats.backbone_bytes,
+        river_bytes=backend.stats().river_bytes,
+        decode_peak_bytes=peaks,
+    )
+
+
+def _load(
+    folder: str | Path, dtype: torch.dtype, device: str, prompt: str, batch: int
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "reading a Hugging Face model") from error
+    from river_compile.exporters.onnx.hf import load_decoder
+
+    model: Any = load_decoder(folder, dtype).to(device)
+    model.requires_grad_(False)
+    try:
+        ids = AutoTokenizer.from_pretrained(str(folder))(prompt, return_tensors="pt")["input_ids"]
+    except (OSError, ValueError):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, 16), generator=generator)
+    return model, ids.expand(batch, -1).contiguous().to(device)
+
+
+def _rows(layers: int, taus: Sequence[float], depths: Sequence[int]) -> list[BenchRow]:
+    never = 2.0
+    rows = [BenchRow("eager"), BenchRow(_REFERENCE), BenchRow("river, exits off", tau=never)]
+    rows += [BenchRow(f"river, tau {tau:g}", tau=tau) for tau in taus]
+    rows += [
+        BenchRow(f"river, exit depth {depth}", tau=never, max_depth=depth)
+        for depth in sorted(set(depths), reverse=True)
+        if 0 < depth < layers
+    ]
+    return [*rows, BenchRow("all quantized", tau=never, max_depth=0)]
+
+
+def _measure(
+    row: BenchRow,
+    model: PreTrainedModel,
+    compiled: dict[str, Callable[..., Any]],
+    backend: RiverBackend,
+    tokens: torch.Tensor,
+    new_tokens: int,
+    *,
+    keep: bool,
+) -> None:
+    if row.tau is not None:
+        backend.tau, backend.max_depth = row.tau, row.max_depth
+    backend.decode_depths.clear()
+    times = _decode(model, compiled["river" if row.tau is not None else row.name], tokens, new_tokens)
+    if keep:
+        row.seconds.append(statistics.median(times))
+        row.depths += list(backend.decode_depths.elements())
+
+
+@torch.no_grad()
+def _decode(model: PreTrainedModel, forward: Callable[..., Any], tokens: torch.Tensor, new_tokens: int) -> list[float]:
+    """Seconds of each decode pass after the prompt."""
+    from transformers import StaticCache
+
+    # One size for all: a new cache length would be a new graph.
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + max(new_tokens, 128))
+    logits = forward(tokens, past_key_values=cache, use_cache=True).logits
+    times = []
+    for _ in range(new_tokens):
+        token = logits[:, -1:].argmax(-1)
+        _wait(tokens.device)
+        started = time.perf_counter()
+        logits = forward(token, past_key_values=cache, use_cache=True).logits
+        _wait(tokens.device)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """An empty folder for Inductor's files, so that compile times are those of a first run."""
+    import tempfile
+    from unittest import mock
+
+    with (
+        tempfile.TemporaryDirectory(prefix="river-bench-", ignore_cleanup_errors=True) as folder,
+        mock.patch.dict("os.environ", {"TORCHINDUCTOR_CACHE_DIR": folder}),
+    ):
+        yield
+
+
+def _weigh(model: PreTrainedModel, backend: RiverBackend, layers: int) -> Callable[[float], float]:
+    """Bytes of weights read for one token as a function of the exit depth."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    stats = backend.stats()
+    river, backbone = stats.river_bytes, stats.replaced_bytes
+    embedding: Any = model.get_input_embeddings().weight
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    # A table of embeddings is read by row; tied to the head it is read whole.
+    rest = total - backbone - (0 if head is not None and head.weight is embedding else embedding.nbytes)
+    fixed = float(rest)
+    return lambda depth: fixed + backbone * depth / layers + river * (layers - depth) / layers
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes a second that the device reads from its memory, best of a few passes over 1 GB."""
+    block = torch.ones(1 << 28, device=device)
+    times = []
+    for _ in range(5):
+        _wait(block.device)
+        started = time.perf_counter()
+        block.sum()
+        _wait(block.device)
+        times.append(time.perf_counter() - started)
+    return block.nbytes / min(times)
+
+
+def _peak_bytes(device: str, work: Callable[[], object]) -> int:
+    """Most memory in use during some work; on a CPU other than Linux's, up to its end."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return int(torch.cuda.max_memory_allocated(device))
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if reset.exists():
+        # 5: the peak becomes what is in use now.
+        reset.write_text("5")
+        work()
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def draw(result: BenchResult, path: Path) -> None:
+    """Speed and exit depths as a picture.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", "drawing") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 0.5 * len(result.rows) + 1.5), layout="constrained")
+    names = [row.name for row in result.rows]
+    speeds = [result.batch / row.median for row in result.rows]
+    axis.barh(names, [result.batch * result.limit(row) for row in result.rows], color="#dde6ee", label="byte limit")
+    bars = axis.barh(names, speeds, height=0.5, color="#2878b5", label="measured")
+    axis.bar_label(bars, [f"{result.ratio(row):.2f}x" for row in result.rows], padding=3)
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens a second")
+    axis.set_title(f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, {result.device}")
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,136 @@
+"""Plots of calibration and comparison, as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from river_compile.errors import MissingExtra, RiverError
+
+if TYPE_CHECKING:
+    from river_compile.measure.calibration import Calibration
+    from river_compile.measure.kv_comparison import Comparison
+
+__all__ = ["draw_calibration", "draw_policies"]
+
+_COLOURS = {
+    "share": "#0b6e99",
+    "propagate": "#c2571a",
+    "mask": "#7a7a7a",
+    "recompute": "#6a3d9a",
+    "monotone": "#b59a00",
+}
+_MARKS = {"share": "o", "propagate": "s", "mask": "x", "recompute": "^", "monotone": "D"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "report", "drawing a plot") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise RiverError(f"{path}: cannot be written: {error}") from error
+    finally:
+        _pyplot().close(figure)
+
+
+def draw_policies(comparison: Comparison, path: Path) -> None:
+    """Agreement with the backbone against milliseconds a token, a line for each KV policy; a point is a threshold.
+
+    Raises:
+        RiverError: the comparison was not timed, or the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    if any(point.milliseconds is None for point in comparison.points):
+        raise RiverError("there is nothing to draw against: the comparison was made with no round of timing")
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
+    for policy, colour in _COLOURS.items():
+        points = sorted((p for p in comparison.points if p.policy == policy), key=lambda p: p.tau or 0)
+        if not points:
+            continue
+        times = [point.milliseconds for point in points]
+        shares = [100 * point.top1.value for point in points]
+        spread = [
+            [100 * (point.top1.value - point.top1.low) for point in points],
+            [100 * (point.top1.high - point.top1.value) for point in points],
+        ]
+        axes.errorbar(
+            times,
+            shares,
+            spread,
+            color=colour,
+            marker=_MARKS[policy],
+            label=policy,
+            capsize=2,
+            linewidth=1.6,
+            elinewidth=0.8,
+            zorder=3 if policy == "share" else 2,
+        )
+    for point in (point for point in comparison.points if point.policy is None):
+        whole = point.label == "backbone"
+        place = (point.milliseconds, 100 * point.top1.value)
+        axes.scatter(*place, marker="*" if whole else "P", s=130, color="black", zorder=4)
+        axes.annotate(
+            "full backbone" if whole else "fully 4-bit",
+            place,
+            xytext=(-4, 8) if whole else (-8, -14),
+            textcoords="offset points",
+            ha="right",
+        )
+    axes.set_xlabel("milliseconds a token (batch 1)")
+    axes.set_ylabel("top-1 agreement with the full backbone, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 109)
+    axes.grid(alpha=0.25)
+    axes.legend(title="KV policy", loc="upper left", frameon=False)
+    axes.set_title(
+        f"{comparison.model}, {comparison.layers} layers, {comparison.tokens} decoded tokens\n{comparison.runtime}",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def draw_calibration(calibration: Calibration, path: Path) -> None:
+    """Measured risk and mean exit depth of every threshold tested, the bound, and the choice.
+
+    Raises:
+        RiverError: nothing was tested, or the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    if not calibration.curve:
+        raise RiverError("there is nothing to draw: no threshold was tested")
+    pyplot = _pyplot()
+    figure, (axes, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 5.6), height_ratios=(3, 2), layout="constrained"
+    )
+    names = [f"{tested.tau:g}" for tested in calibration.curve]
+    risks = [tested.risk for tested in calibration.curve]
+    axes.plot(names, risks, color="#0b6e99", linewidth=1.6, zorder=2)
+    for certified, mark, label in ((True, "o", "certified"), (False, "x", "not certified: testing stops")):
+        chosen = [(n, t.risk) for n, t in zip(names, calibration.curve, strict=True) if t.certified == certified]
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), marker=mark, color="#0b6e99", s=45, label=label, zorder=3)
+    axes.axhline(calibration.max_risk, color="#b22222", linestyle="--", label=f"bound: {calibration.max_risk:g}")
+    axes.set_ylim(0, 1.15 * max(*risks, calibration.max_risk))
+    axes.set_ylabel(f"risk ({calibration.loss})")
+    below.plot(names, [tested.exit_depth for tested in calibration.curve], color="#c2571a", marker="s", linewidth=1.6)
+    below.set_ylim(0, calibration.layers * 1.05)
+    below.set_ylabel(f"mean exit depth\n(of {calibration.layers} layers)")
+    below.set_xlabel("tau, from the safest down")
+    for panel in (axes, below):
+        panel.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    axes.set_title(
+        f"{calibration.verdict()}\n{calibration.documents} documents, {calibration.tokens} tokens", fontsize=9
+    )
+    _save(figure, path)

@@ -1,0 +1,106 @@
+"""Half-precision models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from river_compile.api import export
+from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.hf import export_decoder
+from tests.families import LAYERS, VOCABULARY, random_model
+from tests.oracle import Oracle, Player, assert_close, session
+
+Halves = Callable[[str, torch.dtype], Path]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    def model(family: str, dtype: torch.dtype) -> Path:
+        path = tmp_path_factory.mktemp("half") / "model.onnx"
+        export_decoder(random_model(family, dtype=dtype), path)
+        return path
+
+    return model
+
+
+def _assert_all_depths(oracle: Oracle, river: Path, tolerance: float) -> None:
+    runner = session(river)
+    for depth in range(LAYERS + 1):
+        rng = np.random.default_rng(depth)
+        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
+        for length in (5, 1, 1):
+            ids = rng.integers(3, VOCABULARY, (2, length))
+            outputs = found.step(ids, max_depth=depth)
+            assert_close(outputs, expected.step(ids), tolerance)
+            assert outputs["river.exit_depth"] == depth
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_float16(halves: Halves, family: str, tmp_path: Path) -> None:
+    original, river = halves(family, torch.float16), tmp_path / "m.onnx"
+    export(original, river, RiverConfig(tau=2.0, activations="float"))
+    # float16 has 11 bits: 4e-3 of the range is a handful of roundings in each of four layers.
+    _assert_all_depths(Oracle(original, river), river, 4e-3)
+
+
+def test_bfloat16(halves: Halves, tmp_path: Path) -> None:
+    """ONNX Runtime's CPU has no bfloat16 kernels, for the plain model neither. So the exported graph, its weights and
+    casts widened to float32, is compared with the original, widened alike: the wiring is what is tested."""
+    original, river = halves("llama", torch.bfloat16), tmp_path / "m.onnx"
+    export(original, river, RiverConfig(tau=2.0, activations="float"))
+    types = {tensor.data_type for tensor in onnx.load(river).graph.initializer if ".scales" in tensor.name}
+    assert types == {TensorProto.BFLOAT16}
+    wide, wide_river = tmp_path / "wide.onnx", tmp_path / "wide.river.onnx"
+    _widen(original, wide)
+    _widen(river, wide_river)
+    _assert_all_depths(Oracle(wide, wide_river), wide_river, 1e-4)
+
+
+def test_similarity_is_computed_in_float32(halves: Halves, tmp_path: Path) -> None:
+    river = tmp_path / "m.onnx"
+    export(halves("llama", torch.float16), river)
+    for node in onnx.load(river).graph.node:
+        for branch in (a.g for a in node.attribute if a.name == "else_branch"):
+            kinds = {o: n for n in branch.node for o in n.output}
+            for norm in (n for n in branch.node if n.op_type == "LpNormalization"):
+                assert kinds[norm.input[0]].op_type == "Cast"
+                assert kinds[norm.input[0]].attribute[0].i == TensorProto.FLOAT
+
+
+def _widen(source: Path, target: Path) -> None:
+    model = onnx.load(source)
+
+    def value(info: onnx.ValueInfoProto) -> None:
+        if info.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+
+    def tensor(constant: onnx.TensorProto) -> None:
+        if constant.data_type == TensorProto.BFLOAT16:
+            values = onnx.numpy_helper.to_array(constant).astype(np.float32)
+            constant.CopyFrom(onnx.numpy_helper.from_array(values, constant.name))
+
+    def widen(graph: onnx.GraphProto) -> None:
+        for info in [*graph.input, *graph.output, *graph.value_info]:
+            value(info)
+        for constant in graph.initializer:
+            tensor(constant)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    widen(attribute.g)
+                elif attribute.HasField("t"):
+                    tensor(attribute.t)
+                elif (
+                    attribute.name in ("to", "stash_type", "softmax_precision") and attribute.i == TensorProto.BFLOAT16
+                ):
+                    attribute.i = TensorProto.FLOAT
+
+    widen(model.graph)
+    onnx.save(model, target)

@@ -1,0 +1,43 @@
+"""Architectures beyond the ones tested closely: the whole rewrite at every depth, once each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from river_compile.api import export
+from river_compile.config import RiverConfig
+from river_compile.errors import InputError
+from river_compile.exporters.onnx.hf import export_decoder
+from tests.families import FAMILIES, LAYERS, NAMED, NOT_EXPORTED, VOCABULARY, random_model
+from tests.oracle import Oracle, Player, assert_close, session
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*NAMED, *NOT_EXPORTED)])
+def test_each_depth_equals_the_plain_model_with_dequantized_weights(
+    exported: Callable[[str], Path], family: str, tmp_path: Path
+) -> None:
+    original, river = exported(family), tmp_path / "m.onnx"
+    report = export(original, river, RiverConfig(tau=2.0, activations="float"))
+    assert report.layers == report.river_layers == LAYERS
+    oracle, runner = Oracle(original, river), session(river)
+    for depth in range(LAYERS + 1):
+        rng = np.random.default_rng(depth)
+        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
+        # Longer than the sliding window of eight that some of them have.
+        for length in (12, 1, 2):
+            ids = rng.integers(3, VOCABULARY, (2, length))
+            outputs = found.step(ids, max_depth=depth)
+            assert_close(outputs, expected.step(ids))
+            assert outputs["river.exit_depth"] == depth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NOT_EXPORTED)
+def test_what_torch_cannot_export_is_one_clear_line(family: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="torch cannot export the model to ONNX: ") as caught:
+        export_decoder(random_model(family), tmp_path / "model.onnx")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,184 @@
+"""Files that cannot be used, and writing whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from river_compile.api import export
+from river_compile.config import RiverConfig
+from river_compile.errors import InputError, RiverError
+from river_compile.exporters.onnx import onnx_file
+from tests.contrib_model import ContribDecoder
+from tests.oracle import Player, session
+
+Exported = Callable[[str], Path]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return ContribDecoder().save(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def external(tmp_path: Path) -> Path:
+    path = ContribDecoder().save(tmp_path / "model.onnx")
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def _refused(path: Path, problem: str) -> None:
+    before = {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()}
+    with pytest.raises(InputError, match=problem) as caught:
+        export(path, path.parent / "out.onnx")
+    assert "\n" not in str(caught.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir() if file.is_file()} == before
+
+
+def test_no_file(tmp_path: Path) -> None:
+    _refused(tmp_path / "nothing.onnx", "no such file")
+
+
+@pytest.mark.parametrize("content", (b"", b"\x00" * 100, b"not onnx at all, but some text", b"PK\x03\x04" + b"x" * 64))
+def test_not_onnx(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    _refused(tmp_path / "model.onnx", "not an ONNX model, or truncated")
+
+
+@pytest.mark.parametrize("share", (0.1, 0.5, 0.99))
+def test_truncated(model: Path, share: float) -> None:
+    content = model.read_bytes()
+    model.write_bytes(content[: int(len(content) * share)])
+    _refused(model, "not an ONNX model, or truncated")
+
+
+def test_external_data_missing(external: Path) -> None:
+    (external.parent / "weights.bin").unlink()
+    _refused(external, "external data is missing: weights.bin")
+
+
+def test_external_data_truncated(external: Path) -> None:
+    data = external.parent / "weights.bin"
+    data.write_bytes(data.read_bytes()[:1000])
+    _refused(external, "external data is truncated: weights.bin")
+
+
+@pytest.mark.parametrize("location", ("../weights.bin", "/etc/hostname", "sub/../../weights.bin"))
+def test_external_data_outside_the_folder(external: Path, location: str) -> None:
+    proto = onnx.load(external, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    external.write_bytes(proto.SerializeToString())
+    _refused(external, "lies outside the model's folder")
+
+
+def test_external_data_through_a_link_out_of_the_folder(
+    external: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "weights.bin"
+    (external.parent / "weights.bin").rename(elsewhere)
+    (external.parent / "weights.bin").symlink_to(elsewhere)
+    _refused(external, "lies outside the model's folder")
+
+
+def test_already_a_river_model(model: Path) -> None:
+    export(model, model.parent / "once.onnx")
+    _refused(model.parent / "once.onnx", "already a river model")
+
+
+def test_output_equal_to_input(model: Path) -> None:
+    before = model.read_bytes()
+    for same in (model, model.parent / "." / "model.onnx", model.parent.parent / model.parent.name / "model.onnx"):
+        with pytest.raises(InputError, match="output and input are the same file"):
+            export(model, same)
+    assert model.read_bytes() == before
+
+
+def test_output_that_would_overwrite_the_external_data_of_the_input(model: Path) -> None:
+    data = "other.onnx.data"
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location=data, size_threshold=0)
+    before = (model.parent / data).read_bytes()
+    with pytest.raises(InputError, match=r"output and input are the same file: other\.onnx\.data"):
+        export(model, model.parent / "other.onnx")
+    assert (model.parent / data).read_bytes() == before
+
+
+def test_output_is_a_folder(model: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        export(model, model.parent)
+
+
+def test_output_below_a_file(model: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        export(model, model / "out.onnx")
+
+
+@pytest.mark.parametrize("source", ("model", "external"))
+@pytest.mark.parametrize("external_data", (True, False))
+def test_weights_go_beside_the_model_or_within_it(
+    request: pytest.FixtureRequest, source: str, external_data: bool
+) -> None:
+    path = request.getfixturevalue(source)
+    target, other = path.parent / "out.onnx", path.parent / "other.onnx"
+    export(path, target, RiverConfig(tau=2.0, external_data=external_data))
+    export(path, other, RiverConfig(tau=2.0, external_data=not external_data))
+    assert (path.parent / "out.onnx.data").exists() is external_data
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+    ids = np.array([[3, 4, 5]])
+    found, expected = Player(session(target), 1).step(ids), Player(session(other), 1).step(ids)
+    np.testing.assert_array_equal(found["logits"], expected["logits"])
+
+
+def test_a_stale_data_file_goes_when_the_weights_move_into_the_model(model: Path) -> None:
+    target = model.parent / "out.onnx"
+    export(model, target, RiverConfig(external_data=True))
+    export(model, target, RiverConfig(external_data=False))
+    assert not (model.parent / "out.onnx.data").exists()
+    session(target)
+
+
+@pytest.mark.parametrize("external_data", (True, False))
+def test_a_full_disk_leaves_the_old_result_and_nothing_else(
+    model: Path, monkeypatch: pytest.MonkeyPatch, external_data: bool
+) -> None:
+    target = model.parent / "out.onnx"
+    target.write_bytes(b"the old result")
+    before = sorted(file.name for file in model.parent.iterdir())
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(onnx_file, "_stream" if external_data else "_write", full)
+    with pytest.raises(RiverError, match="cannot be written: No space left on device"):
+        export(model, target, RiverConfig(external_data=external_data))
+    assert target.read_bytes() == b"the old result"
+    assert sorted(file.name for file in model.parent.iterdir()) == before
+
+
+def test_local_functions_are_inlined(model: Path, tmp_path: Path) -> None:
+    """Exporters wrap pieces of the model in functions; the passes meet plain nodes."""
+    proto = onnx.load(model)
+    sigmoid = onnx.helper.make_function(
+        "local",
+        "MySigmoid",
+        ["x"],
+        ["y"],
+        [onnx.helper.make_node("Sigmoid", ["x"], ["y"])],
+        [onnx.helper.make_opsetid("", 20)],
+    )
+    for node in proto.graph.node:
+        if node.op_type == "Sigmoid":
+            node.op_type, node.domain = "MySigmoid", "local"
+    proto.functions.append(sigmoid)
+    proto.opset_import.append(onnx.helper.make_opsetid("local", 1))
+    onnx.save(proto, tmp_path / "functions.onnx")
+    report = export(tmp_path / "functions.onnx", tmp_path / "out.onnx")
+    assert report.river_layers == 3

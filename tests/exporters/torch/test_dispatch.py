@@ -1,0 +1,178 @@
+"""A model compiled with a river, against the model in eager mode with dequantized weights where the river flows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from river_compile.backend import RiverBackend
+from river_compile.config import RiverConfig
+from river_compile.exporters.torch.linear import Dequantized
+from tests.families import FAMILIES, LAYERS, random_model
+from tests.torch_models import (
+    CACHES,
+    RIVER_EVERYWHERE,
+    WITHOUT_STATIC_CACHE,
+    as_it_is,
+    assert_same,
+    new_cache,
+    play,
+    prompt,
+    with_river_from,
+)
+
+QUICK = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "gemma", "gemma2")
+SHAPES = [(1, 1), (1, 2), (3, 2), (1, 100)]
+
+
+class Case:
+    """A family's random model, compiled, and its judges."""
+
+    def __init__(self, family: str, config: RiverConfig = RIVER_EVERYWHERE, compiler: Any = as_it_is) -> None:
+        torch.compiler.reset()
+        self.model = random_model(family)
+        self.backend = RiverBackend(config, lowering=Dequantized(), compiler=compiler)
+        self.compiled = torch.compile(self.model, backend=self.backend)
+        self.judges = [with_river_from(self.model, depth) for depth in range(LAYERS + 1)]
+
+    def check(self, depth: int, batch: int, length: int, cache: str, mask: torch.Tensor | None = None) -> None:
+        ids = prompt(batch, length)
+        self.backend.max_depth = depth
+        found = play(self.model, self.compiled, ids, 2, cache, mask)
+        assert_same(found, play(self.model, self.judges[depth], ids, 2, cache, mask))
+
+    def check_all(self, cache: str) -> None:
+        for batch, length in SHAPES:
+            for depth in range(LAYERS + 1):
+                self.check(depth, batch, length, cache)
+        mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [0] * 5 + [1]])
+        for depth in (0, 2, LAYERS):
+            self.check(depth, 3, 6, cache, mask)
+        assert not self.backend.stats().fallbacks
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_each_depth_equals_the_model_with_dequantized_weights(family: str, cache: str) -> None:
+    if cache == "static" and family in WITHOUT_STATIC_CACHE:
+        pytest.skip("transformers has no static cache for it")
+    Case(family).check_all(cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_each_depth_is_the_same_compiled_by_inductor(family: str, cache: str) -> None:
+    case = Case(family, compiler=None)
+    for batch, length in [(1, 3), (3, 2)]:
+        for depth in (0, 2, LAYERS):
+            case.check(depth, batch, length, cache)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_inductor_compiles_each_kind_of_piece_once(cache: str) -> None:
+    case = Case("llama", compiler=None)
+    for depth in (0, 1, LAYERS):
+        case.check(depth, 1, 3, cache)
+    stats = case.backend.stats()
+    # Prefix, backbone layer, river layer, suffix: four for each graph at most, whatever the number of layers.
+    assert stats.graphs >= 2
+    assert stats.artifacts <= 4 * stats.graphs
+    assert not stats.fallbacks
+
+
+def test_the_twins_differ_by_more_than_the_tolerance() -> None:
+    """Otherwise none of the tests above could fail."""
+    model = random_model("llama")
+    backbone, river = (play(model, judge, prompt(1, 3), 1, "dynamic") for judge in (model, with_river_from(model, 0)))
+    for ours, theirs in zip(backbone, river, strict=True):
+        assert float((ours - theirs).abs().max()) > 20 * 1e-4 * float(ours.max() - ours.min())
+
+
+def test_exits_off_gives_the_same_greedy_tokens_over_64_steps() -> None:
+    case = Case("llama", RiverConfig(tau=1.5))
+    settings_ = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+    expected = case.model.generate(prompt(1, 4), **settings_)
+    assert torch.equal(case.compiled.generate(prompt(1, 4), **settings_), expected)
+    assert set(case.backend.stats().decode_depths) == {LAYERS}
+
+
+def contents(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone()) for layer in cache.layers]
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def kept(request: pytest.FixtureRequest) -> tuple[Case, str]:
+    return Case("llama"), request.param
+
+
+@given(depths=st.lists(st.integers(0, LAYERS), min_size=2, max_size=8), chunk=st.sampled_from([1, 1, 2]))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], depths: list[int], chunk: int) -> None:
+    """After any schedule of depths over several calls on one cache, the cache holds, at each layer and position, what
+    that call's twin computes, and no later call touches it."""
+    case, kind = kept
+    ours, theirs = new_cache(case.model, kind), new_cache(case.model, kind)
+    length = 0
+    for step, depth in enumerate(depths):
+        ids = prompt(1, chunk, seed=step)
+        before = contents(ours, length) if length else []
+        mask = torch.ones(1, length + chunk, dtype=torch.int64)
+        positions = torch.arange(length, length + chunk)[None]
+        case.backend.max_depth = depth
+        arguments = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        with torch.no_grad():
+            case.compiled(ids, past_key_values=ours, **arguments)
+            case.judges[depth](ids, past_key_values=theirs, **arguments)
+        for (old_keys, old_values), (keys, values) in zip(before, contents(ours, length), strict=bool(before)):
+            assert torch.equal(old_keys, keys)
+            assert torch.equal(old_values, values)
+        length += chunk
+        found, expected = contents(ours, length), contents(theirs, length)
+        assert_same([k for k, _ in found] + [v for _, v in found], [k for k, _ in expected] + [v for _, v in expected])
+        for (keys, values), layer in zip(found, ours.layers, strict=True):
+            assert keys.shape[2] == values.shape[2] == length
+            if kind == "static":
+                assert not layer.keys[:, :, length:].any()
+
+
+def test_the_flag_is_sticky_and_follows_the_least_similarity() -> None:
+    case = Case("llama", RiverConfig(prefill="river"))
+    seen: dict[int, list[torch.Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, a, o, i=i: seen.setdefault(i, []).append((a[0], o)))
+        for i, layer in enumerate(case.model.model.layers)
+    ]
+    play(case.model, case.model, prompt(2, 3), 0, "dynamic")
+    for hook in hooks:
+        hook.remove()
+    least = []
+    for index in range(LAYERS - 1):
+        before, after = (t if isinstance(t, torch.Tensor) else t[0] for t in seen[index][0])
+        least.append(float(torch.nn.functional.cosine_similarity(before, after, dim=-1).min()))
+    torch.compiler.reset()
+    for tau in sorted({-1.0, *(value - 1e-4 for value in least), *(value + 1e-4 for value in least), 2.0}):
+        case.backend.tau = tau
+        case.backend.prefill_depths.clear()
+        play(case.model, case.compiled, prompt(2, 3), 0, "dynamic")
+        expected = next((index + 1 for index, value in enumerate(least) if value > tau), LAYERS)
+        assert dict(case.backend.prefill_depths) == {expected: 1}
+
+
+def test_a_changed_weight_is_quantized_anew() -> None:
+    case = Case("llama")
+    case.check(0, 1, 2, "dynamic")
+    with torch.no_grad():
+        case.model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
+    case.judges = [with_river_from(case.model, depth) for depth in range(LAYERS + 1)]
+    case.check(0, 1, 2, "dynamic")
+    replacement = torch.nn.Parameter(torch.randn_like(case.model.model.layers[2].mlp.up_proj.weight) * 0.1)
+    case.model.model.layers[2].mlp.up_proj.weight = replacement
+    case.judges = [with_river_from(case.model, depth) for depth in range(LAYERS + 1)]
+    case.check(0, 1, 2, "dynamic")
