@@ -11,6 +11,7 @@ import onnx
 
 from river_compile.errors import InputError, MissingExtra
 from river_compile.exporters.onnx.onnx_file import EXTERNAL_ABOVE, tensor_bytes
+from river_compile.exporters.onnx.signature import Signature
 
 __all__ = ["HiddenStates", "Probe"]
 
@@ -27,7 +28,7 @@ class Probe:
         open_weights: names of weights that a pass may replace.
 
     Raises:
-        InputError: ONNX Runtime cannot load the model, or it is too large to be copied.
+        InputError: ONNX Runtime cannot load the model, it is too large to be copied, or an input is not understood.
     """
 
     def __init__(
@@ -39,9 +40,8 @@ class Probe:
             raise MissingExtra("onnxruntime", "cpu", "looking into a model") from error
         self.tensors = tuple(tensors)
         present = {value.name for value in model.graph.output}
-        for name in self.tensors:
-            if name not in present:
-                model.graph.output.append(onnx.ValueInfoProto(name=name))
+        added = [name for name in self.tensors if name not in present]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
         # An initializer that is a graph input as well is a default.
         for tensor in model.graph.initializer:
             if tensor.name in open_weights:
@@ -60,6 +60,7 @@ class Probe:
             )
         except Exception as error:
             raise InputError(f"ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+        self.signature = Signature.of(self._session, lambda: model, folder, added)
 
     def read(self, ids: np.ndarray, weights: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """The tensors of one pass from an empty KV cache.
@@ -70,16 +71,8 @@ class Probe:
         """
         ids = np.atleast_2d(ids)
         batch, length = ids.shape
-        feeds: dict[str, Any] = {}
-        for value in self._session.get_inputs():
-            if value.name == "input_ids":
-                feeds[value.name] = ids
-            elif value.name == "attention_mask":
-                feeds[value.name] = np.ones((batch, length), np.int64)
-            elif value.name == "position_ids":
-                feeds[value.name] = np.tile(np.arange(length), (batch, 1))
-            else:
-                feeds[value.name] = _empty_cache(value, batch)
+        feeds: dict[str, Any] = self.signature.feeds(ids, np.ones((batch, length), np.int64))
+        feeds |= {slot.past: slot.empty(batch) for slot in self.signature.slots}
         feeds |= self._settings() | dict(weights or {})
         return dict(zip(self.tensors, self._session.run(list(self.tensors), feeds), strict=True))
 
@@ -87,17 +80,6 @@ class Probe:
         overridable = {value.name for value in self._session.get_overridable_initializers()}
         never = np.array(2.0, np.float32)
         return {"river.tau": never} if "river.tau" in overridable else {}
-
-
-def _empty_cache(value: Any, batch: int) -> np.ndarray:
-    """Symbolic sizes are the batch, which comes first, and the past, which is empty."""
-    if len(value.shape) < 3:
-        raise InputError(f"the model needs an input {value.name!r} that is unknown here")
-    sizes = [size if isinstance(size, int) else (batch if axis == 0 else 0) for axis, size in enumerate(value.shape)]
-    kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-    if value.type not in kinds:
-        raise InputError(f"KV cache of type {value.type}: only float and float16 run here")
-    return np.zeros(sizes, kinds[value.type])
 
 
 class HiddenStates:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from river_compile.config import RiverConfig
+from river_compile.errors import InputError
 from river_compile.exporters.onnx import onnx_file
 from river_compile.exporters.onnx.moments import Moments
 from river_compile.exporters.onnx.onnxruntime import float_type
@@ -75,8 +76,8 @@ class SwappableModel:
         aware = isinstance(self._quantizer, ActivationAware)
         self._moments = Moments(path, planned, ids, progress) if aware else None
         self.float_bits = max(linear.source.float_bits for linear in planned)
-        slots = [slot.present for layer in anatomy.layers for slot in layer.caches] if with_cache else []
-        self._probe = Probe(model, path.parent, ["logits", *slots], {linear.weight for linear in swappable})
+        presents = [slot.present for layer in anatomy.layers for slot in layer.caches] if with_cache else []
+        self._probe = Probe(model, path.parent, ["logits", *presents], {linear.weight for linear in swappable})
 
     def quantized(self, linear: SwappableLinear, bits: int) -> dict[str, np.ndarray]:
         """The weight as the quantizer would have it, dequantized, by its name in the model."""
@@ -97,7 +98,10 @@ class SwappableModel:
 
         Weights that several linear layers share are exchanged for all of them.
         """
-        return self._probe.read(ids, weights or {})["logits"].astype(np.float32)
+        found = self._probe.read(ids, weights or {})["logits"].astype(np.float32)
+        if found.shape[:-1] != np.atleast_2d(ids).shape:
+            raise InputError("the model gives logits of the last token only: its rivers cannot be compared by them")
+        return found
 
     def read(
         self, ids: np.ndarray, weights: Mapping[str, np.ndarray] | None = None
@@ -105,7 +109,8 @@ class SwappableModel:
         """One document, int64 [tokens]: logits, float32 [tokens, vocabulary], and the KV cache, for each slot of each
         layer (the key, then the value) a float array [heads, tokens, width]."""
         found = self._probe.read(ids, weights or {})
-        return found.pop("logits")[0].astype(np.float32), [slot[0] for slot in found.values()]
+        slots = [slot for slot in self._probe.signature.slots if slot.present in found]
+        return found["logits"][0].astype(np.float32), [slot.entries(found[slot.present], len(ids)) for slot in slots]
 
 
 def _untied(model: onnx.ModelProto, linear: RiverLinear) -> str:

@@ -43,7 +43,8 @@ class Calibratable(Protocol):
         """Read a document: its prompt in one pass, the rest token by token; or as the backbone if None.
 
         Returns:
-            Logits, float32 [tokens, vocabulary], and exit depths, int [tokens].
+            Logits, float32 [tokens, vocabulary], and exit depths, int [tokens]. Logits before the prompt's last token
+            are NaN where the model does not tell them.
         """
         ...
 
@@ -70,8 +71,7 @@ class OnnxCalibratable:
         if config["max_depth"] is not None:
             raise InputError(f"{path}: its exit depth is limited by max_depth; calibrate a model without a limit")
         self.min_depth = int(config["min_depth"])
-        logits, _ = self._decoder.forward(np.zeros((1, 1), np.int64), self._decoder.start(1))
-        self.vocabulary = int(logits.shape[-1])
+        self.vocabulary = self._decoder.vocabulary
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str:
@@ -87,17 +87,24 @@ class OnnxCalibratable:
         state = self._decoder.start(1)
         if thresholds is None:
             # The backbone makes no decisions, so it may read the document in one pass.
-            logits, _ = self._decoder.forward(ids[None], state, tau=NEVER)
-            return logits[0], np.full(len(ids), self.layers)
+            whole = prompt_tokens if self._decoder.tells_last_only else len(ids)
+            passes = [self._decoder.forward(part, state, tau=NEVER)[0] for part in _passes(ids, whole)]
+            return _told(passes, len(ids)), np.full(len(ids), self.layers)
         offsets = thresholds.offsets
         if offsets is None and self.has_offsets:
             offsets = (0.0,) * self.layers
         rows, depths = [], []
         for part in _passes(ids, prompt_tokens):
             logits, depth = self._decoder.forward(part, state, tau=thresholds.tau, tau_offsets=offsets)
-            rows.append(logits[0])
+            rows.append(logits)
             depths += [self.layers if depth is None else depth] * part.shape[1]
-        return np.concatenate(rows), np.array(depths)
+        return _told(rows, len(ids)), np.array(depths)
+
+
+def _told(passes: list[np.ndarray], tokens: int) -> np.ndarray:
+    """The logits of passes in a row, [1, tokens told, vocabulary] each, behind NaN for those not told."""
+    told = np.concatenate(passes, axis=1)[0]
+    return np.pad(told, ((tokens - len(told), 0), (0, 0)), constant_values=np.nan)
 
 
 class TorchCalibratable:

@@ -116,9 +116,7 @@ class OnnxSubject:
         if not self._decoder.has_river or self._decoder.layers is None:
             raise InputError(f"{path}: no river model; make one with river-export")
         self.layers = self._decoder.layers
-        # One short pass, since a signature may leave the vocabulary symbolic.
-        logits, _ = self._decoder.forward(np.zeros((1, 1), np.int64), self._decoder.start(1))
-        self.vocabulary = int(logits.shape[-1])
+        self.vocabulary = self._decoder.vocabulary
         self._probe: Any = None
 
     @property
@@ -138,15 +136,16 @@ class OnnxSubject:
     def read(self, ids: np.ndarray, setting: Setting, *, stepwise: bool) -> Reading:
         state = self._decoder.start(1)
         logits, depths, seconds = [], [], []
-        for part in _passes(ids, stepwise):
+        for part in _passes(ids, stepwise or self._decoder.tells_last_only):
             started = time.perf_counter()
             row, depth = self._decoder.forward(part[None], state, tau=setting.tau, max_depth=setting.max_depth)
             seconds.append(time.perf_counter() - started)
             logits.append(row[0])
             depths += [self.layers if depth is None else depth] * len(part)
-        caches = [value.numpy()[0] for value in state.caches.values()]
+        slots = self._decoder.signature.slots
+        caches = [slot.entries(state.caches[slot.past].numpy(), len(ids)) for slot in slots]
         reading = Reading(np.concatenate(logits), np.array(depths, np.int64), caches[0::2], caches[1::2], None, seconds)
-        if setting == BACKBONE and not stepwise:
+        if setting == BACKBONE and not stepwise and self._decoder.signature.step is None:
             reading.similarities = self._similarities(ids)
         return reading
 

@@ -81,6 +81,13 @@ class Decoder(ABC):
     ) -> tuple[np.ndarray, int | None]:
         """Run tokens through the model and move the state on; logits and exit depth."""
 
+    @abstractmethod
+    def check_request(self, batch: int, tokens: int) -> None:
+        """
+        Raises:
+            ConfigError: the model does not take so many sequences, or its cache does not hold so many tokens.
+        """
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -142,6 +149,8 @@ class Decoder(ABC):
         RiverConfig(tau=RiverConfig.tau if tau is None else tau, max_depth=max_depth)
         sampler = np.random.default_rng(seed)
         ids, mask = pad_left(prompts)
+        # The last token is chosen and not read.
+        self.check_request(len(prompts), ids.shape[1] + max_new_tokens - 1)
         state = self.start(len(prompts))
         stopped = np.zeros(len(prompts), bool)
         for _ in range(max_new_tokens):

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from river_compile.errors import ConfigError, InputError, MissingExtra
+from river_compile.exporters.onnx.onnx_file import read_graph
+from river_compile.exporters.onnx.signature import Signature
 from river_compile.runtime.decoder import Decoder, State
 
 __all__ = ["DEVICES", "OnnxDecoder"]
 
 DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-_CACHE_METADATA = "river.cache"
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 _TAU_OFFSETS = "river.tau_offsets"
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_MISPLANNED = "Shape mismatch attempting to re-use buffer"
 
 
 class OnnxDecoder(Decoder):
@@ -34,28 +35,22 @@ class OnnxDecoder(Decoder):
 
     Raises:
         MissingExtra: onnxruntime (or its CUDA build) is not installed.
-        InputError: the file cannot be loaded, or has no ``input_ids``, ``logits`` or KV cache.
+        InputError: the file cannot be loaded, is no decoder with a KV cache, or has an input that is not understood.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu", threads: int | None = None) -> None:
         self._ort = _onnxruntime(device)
         self.device = device
-        options = self._ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not Path(path).is_file():
+        self._path, self._threads = Path(path), threads
+        if not self._path.is_file():
             raise InputError(f"{path}: no such file")
+        self.session = self._load(reuse=True)
         try:
-            self.session = self._ort.InferenceSession(str(path), options, providers=[DEVICES[device]])
-        except Exception as error:
-            raise InputError(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
-        self._inputs = {value.name: value for value in self.session.get_inputs()}
-        self._outputs = {value.name: value for value in self.session.get_outputs()}
+            self.signature = Signature.of(self.session, partial(read_graph, self._path), self._path.parent)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        self._outputs = [value.name for value in self.session.get_outputs()]
         self._overridable = {value.name for value in self.session.get_overridable_initializers()}
-        self.caches = self._find_caches()
-        if "input_ids" not in self._inputs or "logits" not in self._outputs or not self.caches:
-            raise InputError(f"{path}: no decoder: it needs input_ids, logits and a KV cache in its signature")
         self.has_river = _TAU in self._overridable
         self.has_offsets = _TAU_OFFSETS in self._overridable
 
@@ -71,31 +66,45 @@ class OnnxDecoder(Decoder):
         count = self.session.get_modelmeta().custom_metadata_map.get("river.layers")
         return int(count) if count is not None else None
 
-    def _find_caches(self) -> list[tuple[str, str]]:
-        """Pairs of a past input and the present output that continues it."""
-        noted = self.session.get_modelmeta().custom_metadata_map.get(_CACHE_METADATA)
-        if noted is not None:
-            return [(past, present) for past, present in json.loads(noted)]
-        pasts = [name for name, value in self._inputs.items() if len(value.shape) >= 3]
-        presents = [name for name, value in self._outputs.items() if len(value.shape) >= 3 and name != "logits"]
-        return list(zip(pasts, presents, strict=False)) if len(pasts) == len(presents) else []
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model tells apart."""
+        return self._shape_of_two[2]
+
+    @property
+    def tells_last_only(self) -> bool:
+        """Whether a pass gives logits for its last token only, whatever it read."""
+        return self._shape_of_two[1] == 1
+
+    @cached_property
+    def takes_padding(self) -> bool:
+        """Whether tokens behind padding are read as without it, which an attention mask alone does not say: operators
+        that count its ones take padding on the right only."""
+        if not self.signature.masked or self.signature.step == 1:
+            return self.signature.masked
+        batch = self.signature.batch or 1
+        padded, alone = np.tile([[0, 0, 0, 3, 2]], (batch, 1)), np.tile([[3, 2]], (batch, 1))
+        mask = np.tile([[0, 0, 0, 1, 1]], (batch, 1))
+        never = 2.0 if self.has_river else None
+        found, _ = self._pass(padded, self.start(batch), mask, tau=never)
+        expected, _ = self._pass(alone, self.start(batch), np.ones_like(alone), tau=never)
+        return float(np.abs(found[:, -1] - expected[:, -1]).max()) <= 2e-2 * float(np.ptp(expected[:, -1]))
+
+    @cached_property
+    def _shape_of_two(self) -> tuple[int, ...]:
+        """Of the logits of a pass over two tokens: a signature may leave it symbolic, or say it wrongly."""
+        batch = self.signature.batch or 1
+        return self.forward(np.zeros((batch, 2), np.int64), self.start(batch))[0].shape
 
     def start(self, batch: int) -> State:
-        """The state before the first token: an empty KV cache for ``batch`` sequences."""
-        values = {}
-        for past, present in self.caches:
-            shape, after = self._inputs[past].shape, self._outputs[present].shape
-            axis = next((i for i, (a, b) in enumerate(zip(shape, after, strict=True)) if a != b), 2)
-            sizes = [size if isinstance(size, int) else batch for size in shape]
-            sizes[axis] = 0
-            values[past] = self._empty(past, sizes)
-        return State(values, np.zeros((batch, 0), np.int64))
+        """The state before the first token: an empty KV cache for ``batch`` sequences.
 
-    def _empty(self, name: str, sizes: list[int]) -> Any:
-        kind = self._inputs[name].type
-        if kind not in _NUMPY:
-            raise InputError(f"KV cache of type {kind}: only float and float16 run here")
-        return self._ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, _NUMPY[kind]), self.device, 0)
+        Raises:
+            ConfigError: the model takes another number of sequences.
+        """
+        self.signature.check(batch)
+        caches = {slot.past: self._on_device(slot.empty(batch)) for slot in self.signature.slots}
+        return State(caches, np.zeros((batch, 0), np.int64))
 
     def forward(
         self,
@@ -116,13 +125,34 @@ class OnnxDecoder(Decoder):
             tau_offsets: likewise, one number a layer, of a model that was exported with room for them.
 
         Returns:
-            Logits, float32 [batch, sequence, vocabulary], and the exit depth if the model tells it.
+            Logits, float32 [batch, sequence, vocabulary], of the last token only where the model gives no others; and
+            the exit depth if the model tells it.
+
+        Raises:
+            ConfigError: the model has no river to set ``tau`` for, takes no padding, or holds fewer tokens.
         """
         mask = np.ones_like(ids) if mask is None else mask
-        state.mask = np.concatenate([state.mask, mask], axis=1)
-        positions = np.maximum(np.cumsum(state.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        tokens = {"input_ids": ids, "attention_mask": state.mask, "position_ids": positions}
-        feeds = {name: self._on_cpu(value) for name, value in tokens.items() if name in self._inputs}
+        step = self.signature.step or ids.shape[1]
+        if ids.shape[1] > step:
+            cuts = range(step, ids.shape[1], step)
+            parts = zip(np.split(ids, cuts, axis=1), np.split(mask, cuts, axis=1), strict=True)
+            passes = [self.forward(part, state, real, tau, max_depth, tau_offsets) for part, real in parts]
+            return np.concatenate([logits for logits, _ in passes], axis=1), passes[-1][1]
+        if not (mask.all() and state.mask.all()) and not self.takes_padding:
+            raise ConfigError("prompts", "this model does not tell padding from tokens: give prompts of one length")
+        return self._pass(ids, state, mask, tau, max_depth, tau_offsets)
+
+    def _pass(
+        self,
+        ids: np.ndarray,
+        state: State,
+        mask: np.ndarray,
+        tau: float | None = None,
+        max_depth: int | None = None,
+        tau_offsets: Sequence[float] | None = None,
+    ) -> tuple[np.ndarray, int | None]:
+        seen = np.concatenate([state.mask, mask], axis=1)
+        feeds = {name: self._on_cpu(value) for name, value in self.signature.feeds(ids, seen).items()}
         overrides = (
             (_TAU, tau, np.float32),
             (_MAX_DEPTH, max_depth, np.int64),
@@ -134,19 +164,48 @@ class OnnxDecoder(Decoder):
                     lack = "no threshold for each layer" if self.has_river else "no river"
                     raise ConfigError(name.removeprefix("river."), f"this model has {lack}")
                 feeds[name] = self._on_cpu(np.array(setting, kind))
-        run = self._run_direct if self.device == "cpu" else self._run_bound
-        outputs = run(feeds | state.caches)
-        state.caches = {past: outputs[present] for past, present in self.caches}
+        outputs = self._run(feeds | state.caches)
+        state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
+        state.mask = seen
         depth = int(outputs[_EXIT_DEPTH].numpy()) if _EXIT_DEPTH in outputs else None
-        return outputs["logits"].numpy().astype(np.float32, copy=False), depth
+        logits = outputs[self.signature.logits].numpy().astype(np.float32, copy=False)
+        return logits.reshape(len(ids), -1, logits.shape[-1]), depth
+
+    def check_request(self, batch: int, tokens: int) -> None:
+        self.signature.check(batch, tokens)
+
+    def _load(self, *, reuse: bool) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_reuse = reuse
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        try:
+            return self._ort.InferenceSession(str(self._path), options, providers=[DEVICES[self.device]])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{self._path}: ONNX Runtime cannot load it: {reason}") from error
+
+    def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        run = self._run_direct if self.device == "cpu" else self._run_bound
+        try:
+            return run(feeds)
+        except Exception as error:
+            # Some builders note wrong shapes within the graph, and ONNX Runtime plans its memory by them.
+            if _MISPLANNED not in str(error) or not self.session.get_session_options().enable_mem_reuse:
+                raise
+        self.session = self._load(reuse=False)
+        return run(feeds)
 
     def _on_cpu(self, value: np.ndarray) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
 
+    def _on_device(self, value: np.ndarray) -> Any:
+        return self._ort.OrtValue.ortvalue_from_numpy(value, self.device, 0)
+
     def _run_direct(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """One call: where everything lies in host memory, binding a hundred tensors one by one costs 4% of a token."""
-        outputs = list(self._outputs)
-        return dict(zip(outputs, self.session.run_with_ort_values(outputs, feeds), strict=True))
+        return dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, feeds), strict=True))
 
     def _run_bound(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """With IO binding: the KV cache stays on the device, and only logits and exit depth come back."""
@@ -154,7 +213,7 @@ class OnnxDecoder(Decoder):
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
-            binding.bind_output(name, "cpu" if name in ("logits", _EXIT_DEPTH) else self.device)
+            binding.bind_output(name, "cpu" if name in (self.signature.logits, _EXIT_DEPTH) else self.device)
         self.session.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 

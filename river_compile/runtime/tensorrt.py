@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.tensorrt.engine import EngineInfo
 from river_compile.exporters.tensorrt.runtime import TensorRT, load_runtime
-from river_compile.runtime.decoder import Decoder, State, Step
+from river_compile.runtime.decoder import Decoder, State
 
 __all__ = ["TensorRTDecoder", "require_gpu"]
 
@@ -105,12 +104,8 @@ class TensorRTDecoder(Decoder):
         state.caches = {p: outputs[present] for p, present in self.info.caches}
         return logits, depth
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **settings: Any) -> Iterator[Step]:
-        """As `OnnxDecoder.stream`; the request is checked against the engine's limits before its first pass."""
-        if prompts:
-            # The last token is chosen and not read.
-            self.info.check_request(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
-        return super().stream(prompts, max_new_tokens, **settings)
+    def check_request(self, batch: int, tokens: int) -> None:
+        self.info.check_request(batch, tokens)
 
     def save(self) -> None:
         """Write the kernels compiled so far into ``jit_cache``, so that the next start needs not compile them."""
