@@ -64,6 +64,9 @@ class RiverConfig:
         cuda_graphs: whether torch.compile, on CUDA, runs decode passes as CUDA graphs, one a backbone layer and one for
             the river after each exit depth; they need a static cache and masks of one size. Off by default: it has not
             been run on a GPU yet.
+        exact: generation is exact unless it is told otherwise: the river only drafts, and the backbone verifies, so the
+            tokens are the backbone's. ``tau`` and ``max_depth`` then shape the drafts.
+        lookup: in exact mode, whether tokens of the text itself are drafts where an n-gram repeats.
     """
 
     tau: float = 0.9
@@ -86,6 +89,8 @@ class RiverConfig:
     prefill: str = "auto"
     strict: bool = False
     cuda_graphs: bool = False
+    exact: bool = False
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
@@ -102,8 +107,9 @@ class RiverConfig:
         for field, names in named.items():
             if (value := getattr(self, field)) not in names:
                 raise ConfigError(field, f"must be one of {', '.join(names)}, not {value!r}")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ConfigError("cuda_graphs", f"must be True or False, not {self.cuda_graphs!r}")
+        for field in ("cuda_graphs", "exact", "lookup"):
+            if not isinstance(value := getattr(self, field), bool):
+                raise ConfigError(field, f"must be True or False, not {value!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:
             raise ConfigError("quantizer", f"must be a name, not {self.quantizer!r}")
         if self.tau_offsets is not None:

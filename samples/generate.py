@@ -17,7 +17,7 @@ def main(model: str, tokenizer_folder: str, prompt: str, tau: str | None = None)
     decoder = OnnxDecoder(model)
 
     def show(step: Step) -> None:
-        if step.tokens[0] is not None:
+        if step.tokens[0]:
             print(tokenizer.decode(step.tokens[0]), end="", flush=True)
 
     result = decoder.generate(

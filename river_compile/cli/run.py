@@ -24,6 +24,7 @@ Examples:
   river-run model.engine --tokenizer path --prompt "Once upon a time"
   river-run model.engine --tokenizer path --prompt Hello --tau 0.95 --jit-cache model.jit
   river-run model.river.onnx --tokenizer path --prompt Hello       the same in ONNX Runtime, on the CPU
+  river-run model.river.onnx --tokenizer path --prompt Hello --exact     the original model's own tokens, faster
 """
 
 
@@ -34,6 +35,12 @@ Examples:
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--tau", type=float, help="Exit threshold, instead of the model's own.")
 @click.option("--max-depth", type=int, help="Exit depth limit, instead of the model's own; 0: all river.")
+@click.option(
+    "--exact/--no-exact",
+    default=None,
+    help="The river only drafts and the backbone verifies: the backbone's own tokens, faster.  [default: as exported]",
+)
+@click.option("--lookup/--no-lookup", default=None, help="Draft from the text itself where it repeats, with --exact.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the smallest set of this mass.")
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
@@ -52,6 +59,8 @@ def main(
     max_new_tokens: int,
     tau: float | None,
     max_depth: int | None,
+    exact: bool | None,
+    lookup: bool | None,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -82,7 +91,7 @@ def main(
     console = Console(highlight=False, soft_wrap=True, quiet=as_json)
 
     def show(step: Step) -> None:
-        if len(prompts) == 1 and step.tokens[0] is not None:
+        if len(prompts) == 1 and step.tokens[0]:
             console.print(words.decode(step.tokens[0]), end="", markup=False)
 
     result = decoder.generate(
@@ -94,6 +103,8 @@ def main(
         top_p=top_p,
         stop_tokens=[] if words.eos_token_id is None else [words.eos_token_id],
         seed=seed,
+        exact=exact,
+        lookup=lookup,
         on_step=show,
     )
     if hasattr(decoder, "save"):
@@ -102,13 +113,17 @@ def main(
     if as_json:
         seconds = [step.seconds for step in result.steps]
         depths = [step.exit_depth for step in result.steps]
-        click.echo(json.dumps({"texts": texts, "tokens": result.tokens, "exit_depths": depths, "seconds": seconds}))
+        drafts = {"drafted": result.drafted, "acceptance": result.acceptance if result.drafted else None}
+        made = {"texts": texts, "tokens": result.tokens, "exit_depths": depths, "seconds": seconds}
+        click.echo(json.dumps(made | drafts))
         return
     if len(prompts) > 1:
         for text in texts:
             console.print(f"- {text}", markup=False)
-    depth = f"mean exit depth {result.mean_exit_depth:.1f}" if result.exit_depths else "no river"
-    console.print(f"\n{result.tokens_per_second:.1f} tokens/s a sequence, {depth}")
+    how = f"mean exit depth {result.mean_exit_depth:.1f}" if result.exit_depths else "no river"
+    if result.drafted:
+        how = f"exact: {result.acceptance:.0%} of {result.drafted} drafts accepted, {result.near_ties} near ties"
+    console.print(f"\n{result.tokens_per_second:.1f} tokens/s a sequence, {how}")
 
 
 def _check(model: Path, prompts: list[list[int]], new_tokens: int) -> None:

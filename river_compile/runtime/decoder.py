@@ -3,90 +3,35 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from river_compile.config import RiverConfig
-from river_compile.runtime.sampling import check_sampling, choose, pad_left
+from river_compile.errors import ConfigError
+from river_compile.runtime.exact import Drafting, Experience, exact_steps
+from river_compile.runtime.protocol import Passes, State
+from river_compile.runtime.sampling import Sampling, check_request, pad_left
+from river_compile.runtime.steps import Generation, Step
 
-__all__ = ["Decoder", "Generation", "State", "Step"]
-
-
-@dataclass
-class State:
-    """The KV cache, on the device, by the name of the input it goes into; and which cached tokens are real."""
-
-    caches: dict[str, Any]
-    mask: np.ndarray
+__all__ = ["Decoder"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward pass of a generation.
-
-    Fields:
-        tokens: the token chosen for each sequence; None for those that have stopped.
-        exit_depth: backbone layers that ran; None if the model does not tell.
-        seconds: wall time of the pass, sampling included.
-    """
-
-    tokens: tuple[int | None, ...]
-    exit_depth: int | None
-    seconds: float
-
-
-@dataclass
-class Generation:
-    """What a generation made: new tokens a sequence, without stop tokens; its forward passes (the first: prefill)."""
-
-    tokens: list[list[int]]
-    steps: list[Step] = field(default_factory=list)
+class Decoder(Passes):
+    """A decoder with a KV cache, and generation on top of its forward passes."""
 
     @property
-    def exit_depths(self) -> list[int]:
-        """Exit depth of each decode step."""
-        return [step.exit_depth for step in self.steps[1:] if step.exit_depth is not None]
+    def defaults(self) -> RiverConfig:
+        """The settings that the model was exported with; those of `RiverConfig` where it does not tell."""
+        return RiverConfig()
 
     @property
-    def mean_exit_depth(self) -> float:
-        """Mean exit depth over the decode steps; NaN if there is none."""
-        return float(np.mean(self.exit_depths)) if self.exit_depths else float("nan")
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode steps a second, by the median step; NaN if there is none."""
-        seconds = [step.seconds for step in self.steps[1:]]
-        return 1 / float(np.median(seconds)) if seconds else float("nan")
-
-
-class Decoder(ABC):
-    """A decoder with a KV cache, whatever runs it: one forward pass at a time, and generation on top of it."""
-
-    @abstractmethod
-    def start(self, batch: int) -> State:
-        """The state before the first token: an empty KV cache for ``batch`` sequences."""
-
-    @abstractmethod
-    def forward(
-        self,
-        ids: np.ndarray,
-        state: State,
-        mask: np.ndarray | None = None,
-        tau: float | None = None,
-        max_depth: int | None = None,
-    ) -> tuple[np.ndarray, int | None]:
-        """Run tokens through the model and move the state on; logits and exit depth."""
-
-    @abstractmethod
-    def check_request(self, batch: int, tokens: int) -> None:
-        """
-        Raises:
-            ConfigError: the model does not take so many sequences, or its cache does not hold so many tokens.
-        """
+    def experience(self) -> Experience:
+        """What exact mode has learnt of this decoder."""
+        if not hasattr(self, "_experience"):
+            self._experience = Experience()
+        return self._experience
 
     def generate(
         self,
@@ -99,15 +44,25 @@ class Decoder(ABC):
         top_p: float = 1.0,
         stop_tokens: Sequence[int] = (),
         seed: int | None = None,
+        exact: bool | None = None,
+        lookup: bool | None = None,
+        state: State | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> Generation:
         """Continue one or more prompts; `stream` with the steps collected.
 
         Args:
             prompts: token ids, one list a sequence; shorter ones are padded on the left.
+            tau, max_depth: exit settings, the model's own if None. In exact mode they shape the drafts, which are all
+                river if neither is given.
             temperature: 0 is greedy; otherwise tokens are sampled, from the smallest set of at least ``top_p``.
             stop_tokens: end a sequence; they are not part of the result.
             seed: makes sampling repeatable.
+            exact: the river only drafts, and the backbone verifies: the tokens are the backbone's (greedy), or are
+                distributed as the backbone's (sampled). None: as the model was exported.
+            lookup: in exact mode, whether tokens of the text itself are drafts where it repeats. None: as exported.
+            state: of an earlier generation: what of the prompt it has read already is not read again. It moves on with
+                this generation. One sequence only.
             on_step: is told each step as it is made.
 
         Raises:
@@ -123,11 +78,13 @@ class Decoder(ABC):
             top_p=top_p,
             stop_tokens=stop_tokens,
             seed=seed,
+            exact=exact,
+            lookup=lookup,
+            state=state,
         ):
             result.steps.append(step)
-            for sequence, token in zip(result.tokens, step.tokens, strict=True):
-                if token is not None and token not in stop_tokens:
-                    sequence.append(token)
+            for sequence, new in zip(result.tokens, step.tokens, strict=True):
+                sequence += [token for token in new if token not in stop_tokens]
             if on_step is not None:
                 on_step(step)
         return result
@@ -143,23 +100,69 @@ class Decoder(ABC):
         top_p: float = 1.0,
         stop_tokens: Sequence[int] = (),
         seed: int | None = None,
+        exact: bool | None = None,
+        lookup: bool | None = None,
+        state: State | None = None,
     ) -> Iterator[Step]:
-        """Yield one step a forward pass until every sequence has stopped. Arguments and errors: see `generate`."""
-        check_sampling(prompts, max_new_tokens, temperature, top_p)
+        """Yield a step for each pass, or round, until every sequence has stopped. Arguments and errors: `generate`."""
+        check_request(prompts, max_new_tokens)
         RiverConfig(tau=RiverConfig.tau if tau is None else tau, max_depth=max_depth)
-        sampler = np.random.default_rng(seed)
+        sampling = Sampling(temperature, top_p, seed, frozenset(stop_tokens))
+        exact = self.defaults.exact if exact is None else exact
+        lookup = self.defaults.lookup if lookup is None else lookup
         ids, mask = pad_left(prompts)
         # The last token is chosen and not read.
         self.check_request(len(prompts), ids.shape[1] + max_new_tokens - 1)
-        state = self.start(len(prompts))
-        stopped = np.zeros(len(prompts), bool)
-        for _ in range(max_new_tokens):
-            started = time.perf_counter()
+        if state is None:
+            state = self.start(len(prompts))
+        else:
+            ids, mask = self._continue(state, ids, mask)
+        started = time.perf_counter()
+        if exact:
+            logits, depth = self.backbone(ids, state, mask)
+        else:
             logits, depth = self.forward(ids, state, mask, tau, max_depth)
-            chosen = np.array([choose(row, temperature, top_p, sampler) for row in logits[:, -1]], np.int64)
-            seconds = time.perf_counter() - started
-            yield Step(tuple(None if done else int(t) for t, done in zip(chosen, stopped, strict=True)), depth, seconds)
-            stopped |= np.isin(chosen, list(stop_tokens))
-            if stopped.all():
-                return
-            ids, mask = chosen[:, None], np.ones((len(prompts), 1), np.int64)
+        first = [sampling.choose(row) for row in logits[:, -1]]
+        yield Step(tuple((token,) for token in first), depth, time.perf_counter() - started)
+        if exact and (len(prompts) == 1 or self.ragged):
+            drafting = Drafting(
+                tau, 0 if tau is None and max_depth is None else max_depth, lookup, river=self.has_river
+            )
+            left = max_new_tokens - 1
+            yield from exact_steps(self, state, first, prompts, left, drafting, sampling, self.experience)
+        else:
+            # Where sequences cannot differ in length they cannot accept different numbers of drafts.
+            run = self.backbone if exact else partial(self.forward, tau=tau, max_depth=max_depth)
+            yield from _plain_steps(run, state, first, max_new_tokens - 1, sampling)
+
+    def _continue(self, state: State, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut a state back to what it has in common with a prompt; what is left to read, one token at least."""
+        if len(ids) != 1 or len(state.ids) != 1:
+            raise ConfigError("state", "continues one sequence; a batch starts anew")
+        read = state.ids[0]
+        shared = min(len(read), ids.shape[1] - 1)
+        differing = np.flatnonzero(read[:shared] != ids[0, :shared])
+        shared = int(differing[0]) if len(differing) else shared
+        if len(read) > shared:
+            self.cut(state, [len(read) - shared], [0])
+        return ids[:, shared:], mask[:, shared:]
+
+
+def _plain_steps(
+    run: Callable[[np.ndarray, State], tuple[np.ndarray, int | None]],
+    state: State,
+    first: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[Step]:
+    chosen = np.array(first, np.int64)
+    stopped = np.isin(chosen, list(sampling.stop_tokens))
+    for _ in range(max_new_tokens):
+        if stopped.all():
+            return
+        started = time.perf_counter()
+        logits, depth = run(chosen[:, None], state)
+        chosen = np.array([sampling.choose(row) for row in logits[:, -1]], np.int64)
+        made = tuple(() if done else (int(token),) for token, done in zip(chosen, stopped, strict=True))
+        yield Step(made, depth, time.perf_counter() - started)
+        stopped |= np.isin(chosen, list(sampling.stop_tokens))

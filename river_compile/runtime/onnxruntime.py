@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.onnx.onnx_file import read_graph
 from river_compile.exporters.onnx.signature import Signature
-from river_compile.runtime.decoder import Decoder, State
+from river_compile.runtime.cutting import CacheForm, Cutter
+from river_compile.runtime.decoder import Decoder
+from river_compile.runtime.protocol import State
 
 __all__ = ["DEVICES", "OnnxDecoder"]
 
@@ -20,6 +24,7 @@ DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 _TAU_OFFSETS = "river.tau_offsets"
+_NEVER = 2.0
 _MISPLANNED = "Shape mismatch attempting to re-use buffer"
 
 
@@ -51,8 +56,21 @@ class OnnxDecoder(Decoder):
             raise InputError(f"{path}: {error}") from error
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._overridable = {value.name for value in self.session.get_overridable_initializers()}
-        self.has_river = _TAU in self._overridable
         self.has_offsets = _TAU_OFFSETS in self._overridable
+        self.fixed_batch = self.signature.batch is not None
+
+    @property
+    def has_river(self) -> bool:
+        return _TAU in self._overridable
+
+    @property
+    def defaults(self) -> RiverConfig:
+        noted = json.loads(self.metadata.get("river.config", "{}"))
+        return RiverConfig(**{name: noted[name] for name in ("exact", "lookup") if name in noted})
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        return self.takes_padding
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -104,7 +122,8 @@ class OnnxDecoder(Decoder):
         """
         self.signature.check(batch)
         caches = {slot.past: self._on_device(slot.empty(batch)) for slot in self.signature.slots}
-        return State(caches, np.zeros((batch, 0), np.int64))
+        nothing = np.zeros((batch, 0), np.int64)
+        return State(caches, nothing, nothing)
 
     def forward(
         self,
@@ -166,13 +185,57 @@ class OnnxDecoder(Decoder):
                 feeds[name] = self._on_cpu(np.array(setting, kind))
         outputs = self._run(feeds | state.caches)
         state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
-        state.mask = seen
+        state.read(ids, mask)
         depth = int(outputs[_EXIT_DEPTH].numpy()) if _EXIT_DEPTH in outputs else None
         logits = outputs[self.signature.logits].numpy().astype(np.float32, copy=False)
         return logits.reshape(len(ids), -1, logits.shape[-1]), depth
 
+    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+        if not self.has_river:
+            return self.forward(ids, state, mask)
+        offsets = (0.0,) * (self.layers or 0) if self.has_offsets else None
+        return self.forward(ids, state, mask, _NEVER, self.layers, offsets)
+
     def check_request(self, batch: int, tokens: int) -> None:
         self.signature.check(batch, tokens)
+
+    def room(self, state: State) -> int | None:
+        return None if self.signature.room is None else self.signature.room - state.mask.shape[1]
+
+    def cut(self, state: State, forget: Sequence[int], rows: Sequence[int]) -> None:
+        spans = state.spans(forget, rows)
+        slots = {slot.past: slot for slot in self.signature.slots}
+        growing = {name: state.caches[name] for name, slot in slots.items() if not slot.static}
+        if growing:
+            state.caches |= self._cutter.cut(growing, spans, self._on_cpu)
+        for name in slots.keys() - growing.keys():
+            state.caches[name] = self._moved(state.caches[name], slots[name].axis, spans)
+        state.keep(spans)
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        forms = {
+            slot.past: CacheForm(kinds[slot.past], len(slot.sizes), slot.axis)
+            for slot in self.signature.slots
+            if not slot.static
+        }
+
+        def session(model: bytes) -> Any:
+            options = self._ort.SessionOptions()
+            options.log_severity_level = 3
+            return self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
+
+        return Cutter(forms, session)
+
+    def _moved(self, value: Any, axis: int, spans: Sequence[tuple[int, int, int, int]]) -> Any:
+        """A cache of fixed length whose sequences stand where the spans tell; cut off is what lies behind."""
+        if all(filling == first for _, filling, first, _ in spans):
+            return value
+        moved = np.moveaxis(value.numpy(), axis, 1)
+        for row, filling, first, last in spans:
+            moved[row, filling : filling + last - first] = moved[row, first:last].copy()
+        return self._on_device(np.ascontiguousarray(np.moveaxis(moved, 1, axis)))
 
     def _load(self, *, reuse: bool) -> Any:
         options = self._ort.SessionOptions()

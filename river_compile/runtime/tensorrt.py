@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.tensorrt.engine import EngineInfo
 from river_compile.exporters.tensorrt.runtime import TensorRT, load_runtime
-from river_compile.runtime.decoder import Decoder, State
+from river_compile.runtime.decoder import Decoder
+from river_compile.runtime.protocol import State
 
 __all__ = ["TensorRTDecoder", "require_gpu"]
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
+_NEVER = 2.0
 
 
 class TensorRTDecoder(Decoder):
     """A decoder as a TensorRT engine, with the interface of `OnnxDecoder`.
 
     Buffers are torch tensors on the GPU. A static KV cache is bound as input and output at one address; a concatenated
-    one is handed from each pass's outputs to the next one's inputs. Only logits and exit depth come to the host.
+    one is handed from each pass's outputs to the next one's inputs. Only logits and exit depth come to the host. Exact
+    mode needs a cache of full length (static or scattered), which is cut back by position alone.
 
     Args:
         path: an engine with its side file, ``<engine>.json``.
@@ -60,6 +65,11 @@ class TensorRTDecoder(Decoder):
     def has_river(self) -> bool:
         return self.info.river_layers > 0
 
+    @property
+    def defaults(self) -> RiverConfig:
+        known = {name: value for name, value in self.info.config.items() if name in ("exact", "lookup")}
+        return RiverConfig(**known)
+
     def start(self, batch: int) -> State:
         """The state before the first token: an empty KV cache for ``batch`` sequences.
 
@@ -70,7 +80,8 @@ class TensorRTDecoder(Decoder):
         shapes = self.info.shapes(batch, 0, 0)
         kinds = {tensor.name: tensor.dtype for tensor in self.info.inputs}
         caches = {p: torch.zeros(shapes[p], dtype=getattr(torch, kinds[p]), device="cuda") for p, _ in self.info.caches}
-        return State(caches, np.zeros((batch, 0), np.int64))
+        nothing = np.zeros((batch, 0), np.int64)
+        return State(caches, nothing, nothing)
 
     def forward(
         self,
@@ -89,8 +100,9 @@ class TensorRTDecoder(Decoder):
         mask = np.ones_like(ids) if mask is None else mask
         batch, tokens = ids.shape
         past = state.mask.shape[1]
+        length = past + tokens
         shapes = self.info.shapes(batch, tokens, past)
-        self.info.check_request(batch, past + tokens)
+        self.info.check_request(batch, length)
         profile = self.info.profile_for(shapes)
         seen = np.concatenate([state.mask, mask], axis=1)
         positions = np.maximum(np.cumsum(seen, axis=1) - 1, 0)[:, -tokens:]
@@ -100,12 +112,42 @@ class TensorRTDecoder(Decoder):
             outputs = self._run(self._contexts[profile], feeds, state, shapes)
             logits = outputs["logits"].float().cpu().numpy()
             depth = int(outputs[_EXIT_DEPTH].cpu()) if _EXIT_DEPTH in outputs else None
-        state.mask = seen
+        state.read(ids, mask)
         state.caches = {p: outputs[present] for p, present in self.info.caches}
         return logits, depth
 
+    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+        if self.has_river:
+            return self.forward(ids, state, mask, _NEVER, self.layers)
+        return self.forward(ids, state, mask)
+
     def check_request(self, batch: int, tokens: int) -> None:
         self.info.check_request(batch, tokens)
+
+    @property
+    def fixed_batch(self) -> bool:  # type: ignore[override]
+        return self._full_length
+
+    @property
+    def _full_length(self) -> bool:
+        return self.info.kv_cache != "concatenated"
+
+    def room(self, state: State) -> int | None:
+        return self.info.max_length - state.mask.shape[1] if self._full_length else None
+
+    def cut(self, state: State, forget: Sequence[int], rows: Sequence[int]) -> None:
+        """
+        Raises:
+            ConfigError: the engine's cache is concatenated: no profile takes several tokens behind others.
+        """
+        if not self._full_length:
+            raise ConfigError("exact", "this engine's cache is concatenated; build it with --kv-cache static")
+        spans = state.spans(forget, rows)
+        for row, filling, first, last in spans:
+            if filling != first:
+                for cache in state.caches.values():
+                    cache[row, :, filling : filling + last - first] = cache[row, :, first:last].clone()
+        state.keep(spans)
 
     def save(self) -> None:
         """Write the kernels compiled so far into ``jit_cache``, so that the next start needs not compile them."""

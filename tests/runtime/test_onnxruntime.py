@@ -113,7 +113,7 @@ def test_stop_tokens_end_a_sequence_and_are_left_out(decoder: OnnxDecoder) -> No
     assert result.tokens[0] == free[0][:first]
     other = free[1].index(stop) if stop in free[1] else 12
     assert result.tokens[1] == free[1][:other]
-    assert [step.tokens[0] for step in result.steps[first + 1 :]] == [None] * (len(result.steps) - first - 1)
+    assert [step.tokens[0] for step in result.steps[first + 1 :]] == [()] * (len(result.steps) - first - 1)
 
 
 def test_streaming_hands_out_each_token_as_it_is_made(decoder: OnnxDecoder) -> None:
@@ -122,7 +122,7 @@ def test_streaming_hands_out_each_token_as_it_is_made(decoder: OnnxDecoder) -> N
     assert isinstance(first, Step)
     tokens = [first.tokens[0], *(step.tokens[0] for step in stream)]
     seen: list[Step] = []
-    assert decoder.generate([PROMPT], 5, on_step=seen.append).tokens == [tokens]
+    assert [(token,) for token in decoder.generate([PROMPT], 5, on_step=seen.append).tokens[0]] == tokens
     assert [step.tokens[0] for step in seen] == tokens
 
 

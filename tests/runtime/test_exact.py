@@ -1,0 +1,158 @@
+"""Exact decoding on a decoder of numpy alone: the same tokens, whatever is drafted, and the backbone's own cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from river_compile.errors import ConfigError
+from river_compile.runtime.protocol import State
+from tests.runtime.toy import BACKBONE, VOCABULARY, Toy
+
+PROMPTS = [[5, 9, 17, 3], [7], [3, 4, 5, 6, 7, 8, 9], [11, 12], [2, 2, 2], [20, 1], [8, 8, 9], [15]]
+
+
+def _prompts(most: int = 4) -> st.SearchStrategy[list[list[int]]]:
+    return st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=most)
+
+
+@given(
+    prompts=_prompts(),
+    agreement=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    new=st.integers(1, 40),
+    stops=st.sets(st.integers(0, VOCABULARY - 1), max_size=3),
+    lookup=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_tokens_are_those_of_plain_decoding(
+    prompts: list[list[int]], agreement: float, new: int, stops: set[int], lookup: bool
+) -> None:
+    toy = Toy(agreement)
+    expected = toy.generate(prompts, new, max_depth=4, stop_tokens=list(stops))
+    found = toy.generate(prompts, new, exact=True, lookup=lookup, stop_tokens=list(stops))
+    assert found.tokens == expected.tokens
+
+
+@given(prompts=_prompts(1), turns=st.lists(st.lists(st.integers(0, 22), min_size=1, max_size=4), max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_every_slot_holds_what_the_backbone_wrote_over_several_turns(
+    prompts: list[list[int]], turns: list[list[int]]
+) -> None:
+    toy = Toy(0.7)
+    state = toy.start(1)
+    text = prompts[0]
+    for turn in [[], *turns]:
+        text = text + turn
+        expected = toy.generate([text], 12, max_depth=4).tokens[0]
+        read = state.mask.shape[1]
+        before = len(toy.passes)
+        made = toy.generate([text], 12, exact=True, state=state).tokens[0]
+        assert made == expected
+        # What a turn shares with the one before is not read again.
+        assert toy.passes[before][0] <= max(len(text) - read, len(turn) + 1)
+        text = text + made
+        _check_cache(state, text)
+
+
+def _check_cache(state: State, text: list[int]) -> None:
+    """All that has been read is the text, and the backbone wrote it."""
+    slots = state.caches["slots"][0]
+    shared = min(len(slots), len(text) - 1)
+    assert shared >= len(text) - 1
+    assert slots[:shared, 0].tolist() == state.ids[0, :shared].tolist() == text[:shared]
+    assert (slots[:, 1] == BACKBONE).all()
+
+
+def test_drafting_pays_in_passes() -> None:
+    toy = Toy(0.9)
+    toy.generate(PROMPTS[:1], 64, exact=True)
+    toy.passes.clear()
+    result = toy.generate(PROMPTS[:1], 64, exact=True, lookup=False)
+    assert sum(not river for _, river in toy.passes) < 40
+    assert 0.6 < result.acceptance < 1
+    assert sum(len(new) for step in result.steps for new in step.tokens) == 64
+    for step in result.steps[1:]:
+        assert len(step.tokens[0]) == step.accepted + 1
+        assert step.seconds >= step.draft_seconds + step.verify_seconds
+
+
+def test_where_drafts_are_refused_decoding_becomes_plain() -> None:
+    toy = Toy(0.0)
+    toy.generate(PROMPTS[:1], 64, exact=True)
+    result = toy.generate(PROMPTS[:1], 200, exact=True, lookup=False)
+    assert result.drafted <= 12
+
+
+def test_a_text_that_repeats_itself_is_drafted_from_without_the_river() -> None:
+    toy = Toy(0.3)
+    prompt = PROMPTS[0] + toy.generate(PROMPTS[:1], 300, max_depth=4).tokens[0]
+    result = toy.generate([prompt], 40, exact=True)
+    assert sum(step.looked_up for step in result.steps) > 10
+    assert toy.generate([prompt], 40, exact=True, lookup=False).tokens == result.tokens
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+@pytest.mark.parametrize("count", range(1, 9))
+def test_sequences_of_a_batch_do_not_wait_for_each_other(count: int, fixed: bool) -> None:
+    toy = Toy(0.8)
+    toy.fixed_batch = fixed
+    expected = toy.generate(PROMPTS[:count], 48, max_depth=4)
+    result = toy.generate(PROMPTS[:count], 48, exact=True)
+    assert result.tokens == expected.tokens
+    stop = expected.tokens[0][5]
+    early = toy.generate(PROMPTS[:count], 48, exact=True, stop_tokens=[stop])
+    assert early.tokens == toy.generate(PROMPTS[:count], 48, max_depth=4, stop_tokens=[stop]).tokens
+    if count > 1:
+        assert any(len({len(new) for new in step.tokens}) > 1 for step in result.steps)
+
+
+def test_near_ties_are_left_to_a_pass_of_one_row() -> None:
+    """Rounding as large as the difference of two choices, in passes of several rows alone."""
+    noisy = Toy(0.9, noise=1e-5, tied=7)
+    expected = noisy.generate(PROMPTS[:3], 64, max_depth=4)
+    result = noisy.generate(PROMPTS[:3], 64, exact=True)
+    assert result.tokens == expected.tokens
+    assert result.near_ties > 0
+    assert noisy.experience.tie is not None
+    assert 1e-5 < noisy.experience.tie < 2e-4
+    noisy.experience.tie = 0.0
+    assert noisy.generate(PROMPTS[:3], 64, exact=True).tokens != expected.tokens
+
+
+def test_sampling_has_the_backbones_distribution() -> None:
+    """Chi-square over 4,000 pairs of tokens, against the exact probabilities of the pair."""
+    toy = Toy(0.5)
+    prompt, temperature, top_p = [5, 9], 1.5, 0.9
+    kept = toy.generate([prompt], 3, exact=True, temperature=temperature, top_p=top_p, seed=0)
+    assert len(kept.tokens[0]) == 3
+    counts: dict[tuple[int, int], int] = {}
+    draws = 4000
+    for seed in range(draws):
+        made = toy.generate([prompt], 3, exact=True, temperature=temperature, top_p=top_p, seed=seed, lookup=True)
+        pair = (made.tokens[0][0], made.tokens[0][1])
+        counts[pair] = counts.get(pair, 0) + 1
+    from river_compile.runtime.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p)
+    first = sampling.distribution(toy.after(np.array(prompt), river=False))
+    statistic, cells, rest_seen, rest_wanted = 0.0, 0, 0.0, 0.0
+    for token in np.flatnonzero(first):
+        second = sampling.distribution(toy.after(np.array([*prompt, token]), river=False))
+        for other in np.flatnonzero(second):
+            wanted, seen = draws * first[token] * second[other], counts.pop((token, other), 0)
+            if wanted < 5:
+                rest_seen, rest_wanted = rest_seen + seen, rest_wanted + wanted
+                continue
+            statistic, cells = statistic + (seen - wanted) ** 2 / wanted, cells + 1
+    assert not counts, "a pair that the backbone never makes"
+    statistic += (rest_seen - rest_wanted) ** 2 / rest_wanted
+    # Mean and spread of chi-square with as many degrees of freedom as there are cells: four deviations.
+    assert statistic < cells + 4 * np.sqrt(2 * cells)
+
+
+def test_a_batch_is_not_continued() -> None:
+    toy = Toy()
+    with pytest.raises(ConfigError, match="state: continues one sequence"):
+        toy.generate(PROMPTS[:2], 2, state=toy.start(2))
