@@ -14,6 +14,7 @@ from rich.table import Table
 
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
+from river_compile.cli.options import chat_option
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.version import __version__
@@ -151,6 +152,7 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     type=click.Path(path_type=Path),
     help="Text or JSONL file for gptq and for bit budgets; repeatable.  [default: tuning texts of the package]",
 )
+@chat_option
 @click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
 @click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
 @click.option(
@@ -186,6 +188,7 @@ def main(
     quantizer: str,
     tokenizer: str | None,
     tuning_texts: tuple[Path, ...],
+    chat: bool,
     avg_bits: float | None,
     max_kl: float | None,
     sensitivity: Path | None,
@@ -248,7 +251,7 @@ def main(
                 compute_capabilities=compute_capabilities,
                 weightless=weightless,
             )
-            tuning = _tuning(model, config, tokenizer, tuning_texts, None, None, None)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, chat)
             build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
             return
     else:
@@ -260,7 +263,7 @@ def main(
             report, text = planned.report, planned.to_json()
         else:
             planned = None
-            tuning = _tuning(model, config, tokenizer, tuning_texts, avg_bits, max_kl, sensitivity)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
             report = export(model, output, config, tuning=tuning, progress=progress)
             text = report.to_json()
     if as_json:
@@ -276,9 +279,10 @@ def _tuning(
     config: RiverConfig,
     tokenizer: str | None,
     texts: tuple[Path, ...],
-    avg_bits: float | None,
-    max_kl: float | None,
-    sensitivity: Path | None,
+    chat: bool,
+    avg_bits: float | None = None,
+    max_kl: float | None = None,
+    sensitivity: Path | None = None,
 ) -> Tuning | None:
     """Tuning, if any option asks for it or the quantizer does."""
     from river_compile.exporters.quantizers import quantizer
@@ -292,7 +296,11 @@ def _tuning(
     if tokenizer is None and Path(model).is_file():
         raise ConfigError("tokenizer", "tuning texts need the model's tokenizer: name its folder with --tokenizer")
     return Tuning(
-        load_tokenizer(tokenizer or model), load_texts(texts) if texts else None, avg_bits, max_kl, sensitivity
+        load_tokenizer(tokenizer or model, chat=chat),
+        load_texts(texts) if texts else None,
+        avg_bits,
+        max_kl,
+        sensitivity,
     )
 
 
