@@ -28,7 +28,6 @@ __all__ = [
     "check_target",
     "fingerprint",
     "load",
-    "read_graph",
     "save",
     "tensor_bytes",
 ]
@@ -65,16 +64,9 @@ def load(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _all_tensors(model.graph):
         _check_external(tensor, path)
-    return _inlined(model)
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A model that a runtime has loaded, a river model as well: without its external data, local functions inlined."""
-    return _inlined(onnx.load(str(path), load_external_data=False))
-
-
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return model
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from river_compile.errors import ConfigError, InputError, MissingExtra
-from river_compile.exporters.onnx.onnx_file import read_graph
-from river_compile.exporters.onnx.signature import Signature
+from river_compile.exporters.onnx.signature import Signature, read_graph
 from river_compile.runtime.decoder import Decoder, State
 
 __all__ = ["DEVICES", "OnnxDecoder"]
