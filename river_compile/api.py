@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ConfigError
+from river_compile.errors import ConfigError, RiverError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from river_compile.exporters.tensorrt.engine import EngineInfo
     from river_compile.passes.anatomy import Layer
 
-__all__ = ["ExportReport", "Plan", "PlannedLinear", "TuningTexts", "build_engine", "export", "plan"]
+__all__ = [
+    "Agreement",
+    "ExportReport",
+    "Plan",
+    "PlannedLinear",
+    "QualityTexts",
+    "TuningTexts",
+    "build_engine",
+    "export",
+    "plan",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,6 +48,33 @@ class TuningTexts(Protocol):
 
     def applied(self, model: Path, ids: Sequence[np.ndarray], config: RiverConfig, progress: Progress) -> RiverConfig:
         """The config with what texts and budget say of its bits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a river and its backbone choose the same token.
+
+    Fields:
+        top1: share of tokens, in [0, 1], at threshold ``tau``.
+        tokens, documents: how many were compared, of how many texts.
+        exit_depth: mean backbone layers of a token; None where the model does not tell.
+        advice: what would raise it, where it is low.
+    """
+
+    top1: float
+    tokens: int
+    documents: int
+    tau: float
+    exit_depth: float | None
+    advice: str | None
+
+
+class QualityTexts(Protocol):
+    """What a new river is put to the test on; `river_compile.AgreementTexts` is one."""
+
+    def measured(self, model: Path, config: RiverConfig, progress: Progress) -> Agreement:
+        """The agreement of the river model in a file with its backbone."""
         ...
 
 
@@ -57,6 +94,7 @@ class ExportReport:
         average_bits: mean bits of a river weight, scales and zero points not counted.
         notes: what did not go as asked, a line each.
         seconds: wall time for each step, and "total", which they add up to.
+        agreement: with the backbone; None if it was not measured.
     """
 
     source: str
@@ -73,6 +111,7 @@ class ExportReport:
     average_bits: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    agreement: Agreement | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -120,6 +159,7 @@ def export(
     config: RiverConfig | None = None,
     *,
     tuning: TuningTexts | None = None,
+    quality: QualityTexts | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
@@ -130,6 +170,8 @@ def export(
         output: the file to write; ``<model>.river.onnx`` beside the source if None. It is written whole or not at all.
         config: the settings; the defaults if None.
         tuning: texts for a quantizer that asks for them, and a budget of bits or fidelity to plan bit widths by.
+        quality: texts to compare the new river with its backbone on; the outcome goes into the report and into the
+            model's metadata, ``river.agreement``. None: it is not compared.
         progress: is told the step and how much of how much of it is done.
 
     Returns:
@@ -184,6 +226,15 @@ def export(
                 _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
         with steps("write", pieces=True):
             onnx_file.save(result.model, target, source.parent, config.external_data, partial(progress, "write"))
+    agreement, notes = None, list(result.river.notes)
+    if quality is not None:
+        with steps("measure agreement", pieces=True):
+            try:
+                agreement = quality.measured(target, config, progress)
+                onnx_file.note(target, {"river.agreement": json.dumps(asdict(agreement))})
+            except RiverError as error:
+                # The model is written, and nothing is wrong with it.
+                notes.append(f"agreement not measured: {error}")
     seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
         source=label,
@@ -198,8 +249,9 @@ def export(
         added_nodes=result.added_nodes,
         quantizer=chosen.name,
         average_bits=result.river.average_bits,
-        notes=tuple(result.river.notes),
+        notes=tuple(notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
+        agreement=agreement,
     )
 
 

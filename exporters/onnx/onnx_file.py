@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +28,7 @@ __all__ = [
     "check_target",
     "fingerprint",
     "load",
+    "note",
     "save",
     "tensor_bytes",
 ]
@@ -188,6 +189,24 @@ def save(
             (path.parent / data_name).unlink(missing_ok=True)
     progress(total, total)
     return [path.parent / name for name in reversed(names)]
+
+
+def note(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add metadata to a written model, without reading or copying it.
+
+    A Protobuf message behind another is merged into it, so what is appended is a model of these entries and nothing
+    else.
+
+    Raises:
+        RiverError: the file cannot be written to.
+    """
+    entries = onnx.ModelProto()
+    onnx.helper.set_model_props(entries, dict(metadata))
+    try:
+        with open(path, "ab") as file:
+            file.write(entries.SerializeToString())
+    except OSError as error:
+        raise RiverError(f"{path}: cannot be written: {error.strerror or _one_line(error)}") from error
 
 
 def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:

@@ -20,7 +20,8 @@ from river_compile.errors import ConfigError
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.api import ExportReport, Plan
+    from river_compile.api import Agreement, ExportReport, Plan
+    from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.tuning import Tuning
     from river_compile.passes.anatomy import Layer
 
@@ -145,7 +146,12 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     show_default=True,
     help="Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts.",
 )
-@click.option("--tokenizer", metavar="FOLDER", help="Tokenizer for tuning texts.  [default: MODEL, if it is a folder]")
+@click.option("--tokenizer", metavar="FOLDER", help="To read texts with.  [default: MODEL, if it is a folder]")
+@click.option(
+    "--no-quality",
+    is_flag=True,
+    help="Do not compare the river with its backbone in the end, on some 300 tokens; done where there is a tokenizer.",
+)
 @click.option(
     "--tuning-texts",
     multiple=True,
@@ -187,6 +193,7 @@ def main(
     activations: str,
     quantizer: str,
     tokenizer: str | None,
+    no_quality: bool,
     tuning_texts: tuple[Path, ...],
     chat: bool,
     avg_bits: float | None,
@@ -264,7 +271,8 @@ def main(
         else:
             planned = None
             tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
-            report = export(model, output, config, tuning=tuning, progress=progress)
+            quality = None if no_quality else _quality(model, tokenizer, chat)
+            report = export(model, output, config, tuning=tuning, quality=quality, progress=progress)
             text = report.to_json()
     if as_json:
         click.echo(text)
@@ -272,6 +280,16 @@ def main(
         _show_plan(console, planned)
     else:
         _show_report(console, report)
+
+
+def _quality(model: str, tokenizer: str | None, chat: bool) -> AgreementTexts | None:
+    """What to put the river to the test on, where there is a tokenizer."""
+    from river_compile.measure.agreement import AgreementTexts
+    from river_compile.measure.fidelity import load_tokenizer
+
+    if tokenizer is None and not (Path(model) / "tokenizer_config.json").is_file():
+        return None
+    return AgreementTexts(load_tokenizer(tokenizer or model, chat=chat))
 
 
 def _tuning(
@@ -311,6 +329,8 @@ def _show_report(console: Console, report: ExportReport) -> None:
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    if report.agreement is not None and report.agreement.advice is not None:
+        console.print(f"agreement {report.agreement.advice}", soft_wrap=True)
     if report.output is not None:
         console.print(f"wrote {report.output}", soft_wrap=True)
 
@@ -327,8 +347,15 @@ def _rows(report: ExportReport) -> list[tuple[str, str]]:
         ("quantizer", f"{report.quantizer}{bits}"),
         ("exit points", f"{len(points)}{where}"),
         *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
+        *([("agreement", _agreement(report.agreement))] if report.agreement is not None else []),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
+
+
+def _agreement(found: Agreement) -> str:
+    depth = "" if found.exit_depth is None else f", mean exit depth {found.exit_depth:.1f}"
+    of = f"{found.tokens} tokens of {found.documents} texts"
+    return f"{found.top1:.1%} with the backbone at tau {found.tau:g}, on {of}{depth}"
 
 
 def _show_plan(console: Console, plan: Plan) -> None:
