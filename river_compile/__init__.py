@@ -9,12 +9,14 @@ from river_compile.version import __version__
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
     from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats, tune
+    from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
     from river_compile.measure.tuning import Tuning
     from river_compile.statistics import Stats
 
 __all__ = [
+    "AgreementTexts",
     "Calibration",
     "Evaluation",
     "ExportReport",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AgreementTexts": "measure.agreement",
     "Calibration": "measure.calibration",
     "Evaluation": "measure.evaluation",
     "ExportReport": "api",

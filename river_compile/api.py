@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from river_compile.config import RiverConfig
-from river_compile.errors import ConfigError
+from river_compile.errors import ConfigError, RiverError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,17 @@ if TYPE_CHECKING:
     from river_compile.exporters.tensorrt.engine import EngineInfo
     from river_compile.passes.anatomy import Layer
 
-__all__ = ["ExportReport", "Plan", "PlannedLinear", "TuningTexts", "build_engine", "export", "plan"]
+__all__ = [
+    "Agreement",
+    "ExportReport",
+    "Plan",
+    "PlannedLinear",
+    "QualityTexts",
+    "TuningTexts",
+    "build_engine",
+    "export",
+    "plan",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,6 +48,33 @@ class TuningTexts(Protocol):
 
     def applied(self, model: Path, ids: Sequence[np.ndarray], config: RiverConfig, progress: Progress) -> RiverConfig:
         """The config with what texts and budget say of its bits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How often a river and its backbone choose the same token.
+
+    Fields:
+        top1: share of tokens, in [0, 1], at threshold ``tau``.
+        tokens, documents: how many were compared, of how many texts.
+        exit_depth: mean backbone layers of a token; None where the model does not tell.
+        advice: what would raise it, where it is low.
+    """
+
+    top1: float
+    tokens: int
+    documents: int
+    tau: float
+    exit_depth: float | None
+    advice: str | None
+
+
+class QualityTexts(Protocol):
+    """What a new river is put to the test on; `river_compile.AgreementTexts` is one."""
+
+    def measured(self, model: Path, config: RiverConfig, progress: Progress) -> Agreement:
+        """The agreement of the river model in a file with its backbone."""
         ...
 
 
@@ -55,7 +93,8 @@ class ExportReport:
         quantizer: what made the river.
         average_bits: mean bits of a river weight, scales and zero points not counted.
         notes: what did not go as asked, a line each.
-        seconds: wall time, in all and for each step.
+        seconds: wall time for each step, and "total", which they add up to.
+        agreement: with the backbone; None if it was not measured.
     """
 
     source: str
@@ -72,6 +111,7 @@ class ExportReport:
     average_bits: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    agreement: Agreement | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -119,6 +159,7 @@ def export(
     config: RiverConfig | None = None,
     *,
     tuning: TuningTexts | None = None,
+    quality: QualityTexts | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
@@ -129,6 +170,8 @@ def export(
         output: the file to write; ``<model>.river.onnx`` beside the source if None. It is written whole or not at all.
         config: the settings; the defaults if None.
         tuning: texts for a quantizer that asks for them, and a budget of bits or fidelity to plan bit widths by.
+        quality: texts to compare the new river with its backbone on; the outcome goes into the report and into the
+            model's metadata, ``river.agreement``. None: it is not compared.
         progress: is told the step and how much of how much of it is done.
 
     Returns:
@@ -153,17 +196,21 @@ def export(
     if config.kv_policy != "share":
         raise ConfigError("kv_policy", f"an exported model shares its KV cache; {config.kv_policy!r} is for comparison")
     chosen = quantizer(config.quantizer)
+    steps = _Steps(progress)
     with ExitStack() as stack:
-        source, label = _as_onnx(model, target.parent, stack, progress)
-        proto = onnx_file.load(source)
-        onnx_file.check_apart(target, source, proto)
+        source, label = _as_onnx(model, target.parent, stack, steps)
+        with steps("read"):
+            proto = onnx_file.load(source)
+            onnx_file.check_apart(target, source, proto)
         moments = None
         if tuning is not None:
-            ids = tuning.ids(proto)
-            config = tuning.applied(source, ids, config, progress)
-            if isinstance(chosen, ActivationAware):
-                linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].quantized
-                moments = Moments(source, linears, ids, lambda done, total: progress("read tuning texts", done, total))
+            with steps("tune", pieces=True):
+                ids = tuning.ids(proto)
+                config = tuning.applied(source, ids, config, progress)
+                if isinstance(chosen, ActivationAware):
+                    linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].quantized
+                    reading = partial(progress, "read tuning texts")
+                    moments = Moments(source, linears, ids, reading)
         result = rewrite.rewrite(
             proto,
             source.parent,
@@ -173,17 +220,22 @@ def export(
             lambda done, total: progress("quantize", done, total),
             moments,
         )
+        steps.seconds |= result.seconds
         if config.calibration is not None:
-            _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
-        rewritten = time.perf_counter()
-        onnx_file.save(
-            result.model,
-            target,
-            source.parent,
-            config.external_data,
-            lambda done, total: progress("write", done, total),
-        )
-        seconds = result.seconds | {"write": time.perf_counter() - rewritten, "total": time.perf_counter() - started}
+            with steps("check calibration"):
+                _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
+        with steps("write", pieces=True):
+            onnx_file.save(result.model, target, source.parent, config.external_data, partial(progress, "write"))
+    agreement, notes = None, list(result.river.notes)
+    if quality is not None:
+        with steps("measure agreement", pieces=True):
+            try:
+                agreement = quality.measured(target, config, progress)
+                onnx_file.note(target, {"river.agreement": json.dumps(asdict(agreement))})
+            except RiverError as error:
+                # The model is written, and nothing is wrong with it.
+                notes.append(f"agreement not measured: {error}")
+    seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
         source=label,
         output=str(target),
@@ -197,9 +249,36 @@ def export(
         added_nodes=result.added_nodes,
         quantizer=chosen.name,
         average_bits=result.river.average_bits,
-        notes=tuple(result.river.notes),
+        notes=tuple(notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
+        agreement=agreement,
     )
+
+
+class _Steps:
+    """What an export does, one step after the other: each is told when it begins and ends, and timed.
+
+    Fields:
+        seconds: wall time by step.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str, pieces: bool = False) -> Iterator[None]:
+        """
+        Args:
+            pieces: whether the step itself tells how much of it is done.
+        """
+        if not pieces:
+            self._progress(step, 0, 1)
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = time.perf_counter() - started
+        if not pieces:
+            self._progress(step, 1, 1)
 
 
 def _check_calibration(text: str, fingerprint: str) -> None:
@@ -235,7 +314,7 @@ def build_engine(
     progress = progress or (lambda step, done, total: None)
     target = Path(engine)
     with ExitStack() as stack:
-        source, _ = _as_onnx(model, target.parent, stack, progress)
+        source, _ = _as_onnx(model, target.parent, stack, _Steps(progress))
         kept = Path(onnx_output) if onnx_output is not None else None
         ids = tuning.ids(onnx_file.load(source)) if tuning is not None else ()
         return engines.build(source, target, config, options, tuning_ids=ids, onnx_output=kept, progress=progress)
@@ -254,11 +333,15 @@ def plan(
     config = config or RiverConfig()
     quantizer(config.quantizer)
     started = time.perf_counter()
+    steps = _Steps(progress or (lambda step, done, total: None))
     with ExitStack() as stack:
-        source, label = _as_onnx(model, None, stack, progress or (lambda step, done, total: None))
-        proto = onnx_file.load(source)
-        backbone_bytes = sum(map(onnx_file.tensor_bytes, proto.graph.initializer))
-        anatomy, river = rewrite.survey(proto, source.parent, config)
+        source, label = _as_onnx(model, None, stack, steps)
+        with steps("read"):
+            proto = onnx_file.load(source)
+            backbone_bytes = sum(map(onnx_file.tensor_bytes, proto.graph.initializer))
+        with steps("find_layers"):
+            anatomy, river = rewrite.survey(proto, source.parent, config)
+    seconds = steps.seconds | {"total": time.perf_counter() - started}
     report = ExportReport(
         source=label,
         output=None,
@@ -273,7 +356,7 @@ def plan(
         quantizer=config.quantizer,
         average_bits=river.average_bits,
         notes=tuple(river.notes),
-        seconds={"total": round(time.perf_counter() - started, 3)},
+        seconds={name: round(value, 3) for name, value in seconds.items()},
     )
     linears = tuple(
         PlannedLinear(
@@ -285,22 +368,24 @@ def plan(
 
 
 def _as_onnx(
-    model: str | Path | torch.nn.Module, folder: Path | None, stack: ExitStack, progress: Progress
+    model: str | Path | torch.nn.Module, folder: Path | None, stack: ExitStack, steps: _Steps
 ) -> tuple[Path, str]:
     """The ONNX file to rewrite, made in a temporary folder in ``folder`` if need be, and what to call the source."""
-    from river_compile.exporters.onnx import hf
-
     if isinstance(model, (str, Path)):
         path = Path(model)
         if path.is_file() or path.suffix == ".onnx":
             return path, str(path)
-        module, label = hf.load_decoder(model), str(model)
+        with steps("load model"):
+            from river_compile.exporters.onnx import hf
+
+            module, label = hf.load_decoder(model), str(model)
     else:
         module, label = model, type(model).__name__
     temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".river-", dir=folder)))
-    progress("export to ONNX", 0, 1)
-    hf.export_decoder(module, temporary / "model.onnx")
-    progress("export to ONNX", 1, 1)
+    with steps("export to ONNX"):
+        from river_compile.exporters.onnx import hf
+
+        hf.export_decoder(module, temporary / "model.onnx")
     return temporary / "model.onnx", label
 
 

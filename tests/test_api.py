@@ -49,12 +49,28 @@ def test_a_plan_says_what_an_export_makes(exported: Exported, tmp_path: Path) ->
     assert len(planned.layers) == LAYERS
 
 
+def test_a_folder_is_loaded_and_exported_step_by_step(tmp_path: Path) -> None:
+    random_model("llama", layers=2).save_pretrained(tmp_path / "hf")
+    told: list[str] = []
+    report = river_compile.export(
+        tmp_path / "hf",
+        tmp_path / "m.onnx",
+        progress=lambda step, *rest: told.append(step) if step not in told else None,
+    )
+    assert told == ["load model", "export to ONNX", "read", "quantize", "write"]
+    parts = {name: seconds for name, seconds in report.seconds.items() if name != "total"}
+    assert list(parts)[:4] == ["load model", "export to ONNX", "read", "find_layers"]
+    assert sum(parts.values()) == pytest.approx(report.seconds["total"], rel=0.05)
+    planned = river_compile.plan(tmp_path / "hf").report.seconds
+    assert sum(planned.values()) - planned["total"] == pytest.approx(planned["total"], rel=0.05)
+
+
 def test_progress_is_told_of_every_step(exported: Exported, tmp_path: Path) -> None:
     told: dict[str, list[tuple[int, int]]] = {}
     river_compile.export(
         exported("llama"), tmp_path / "m.onnx", progress=lambda step, *rest: told.setdefault(step, []).append(rest)
     )
-    assert list(told) == ["quantize", "write"]
+    assert list(told) == ["read", "quantize", "write"]
     for values in told.values():
         assert values[-1][0] == values[-1][1]
         assert values == sorted(values)

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +28,7 @@ __all__ = [
     "check_target",
     "fingerprint",
     "load",
-    "read_graph",
+    "note",
     "save",
     "tensor_bytes",
 ]
@@ -65,16 +65,9 @@ def load(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _all_tensors(model.graph):
         _check_external(tensor, path)
-    return _inlined(model)
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A model that a runtime has loaded, a river model as well: without its external data, local functions inlined."""
-    return _inlined(onnx.load(str(path), load_external_data=False))
-
-
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return model
 
 
 def _one_line(error: BaseException) -> str:
@@ -196,6 +189,24 @@ def save(
             (path.parent / data_name).unlink(missing_ok=True)
     progress(total, total)
     return [path.parent / name for name in reversed(names)]
+
+
+def note(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add metadata to a written model, without reading or copying it.
+
+    A Protobuf message behind another is merged into it, so what is appended is a model of these entries and nothing
+    else.
+
+    Raises:
+        RiverError: the file cannot be written to.
+    """
+    entries = onnx.ModelProto()
+    onnx.helper.set_model_props(entries, dict(metadata))
+    try:
+        with open(path, "ab") as file:
+            file.write(entries.SerializeToString())
+    except OSError as error:
+        raise RiverError(f"{path}: cannot be written: {error.strerror or _one_line(error)}") from error
 
 
 def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:

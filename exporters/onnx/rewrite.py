@@ -34,7 +34,7 @@ Finish = Callable[[OnnxGraph, Anatomy], object]
 
 @dataclass
 class Rewrite:
-    """The rewritten model and what the passes found and made."""
+    """The rewritten model, what the passes found and made, and wall time by pass, its check included."""
 
     model: onnx.ModelProto
     anatomy: Anatomy
@@ -93,11 +93,11 @@ def rewrite(
     ran: list[str] = []
 
     def after(name: str, started: float) -> None:
-        seconds[name] = time.perf_counter() - started
         ran.append(name)
         verify(graph, original, anatomy, ran)
         if config.dump_dir is not None:
             _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
+        seconds[name] = time.perf_counter() - started
 
     started = time.perf_counter()
     graph, anatomy = dissect(model, folder, prepare)
@@ -120,6 +120,7 @@ def rewrite(
         started = time.perf_counter()
         finishing(graph, anatomy)
         after(getattr(finishing, "__name__", "finish"), started)
+    started = time.perf_counter()
     graph.metadata[RIVER_CONFIG] = config.to_json()
     if config.calibration is not None:
         graph.metadata[CALIBRATION] = str(config.calibration)
@@ -128,9 +129,9 @@ def rewrite(
     slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]
     graph.metadata["river.cache"] = json.dumps(slots)
     rewritten = export_model(graph)
-    return Rewrite(
-        rewritten, anatomy, river, points, backbone_bytes, count_nodes(rewritten.graph) - nodes_before, seconds
-    )
+    added = count_nodes(rewritten.graph) - nodes_before
+    seconds["assemble"] = time.perf_counter() - started
+    return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, seconds)
 
 
 def survey(model: onnx.ModelProto, folder: Path | None, config: RiverConfig) -> tuple[Anatomy, River]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.onnx.cache_forms import NUMPY, Slot, cache_slots, consumers
 from river_compile.passes.onnx.graph import Uses, import_model
 from river_compile.passes.onnx.residual_stream import find_stream
 
-__all__ = ["Signature", "Slot"]
+__all__ = ["Signature", "Slot", "read_graph"]
 
 _CACHE_METADATA = "river.cache"
 _IDS, _LOGITS = "input_ids", "logits"
@@ -37,6 +38,12 @@ _BY_READER = {
     ("GroupQueryAttention", 5): "last",
     ("GroupQueryAttention", 6): "after",
 }
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A model that a runtime has loaded, a river model as well: without its external data, local functions inlined."""
+    model = onnx.load(str(path), load_external_data=False)
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 @dataclass(frozen=True)

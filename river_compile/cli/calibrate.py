@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, numbers
+from river_compile.cli.options import cache_option, chat_option, numbers
 from river_compile.errors import InputError
 from river_compile.version import __version__
 
@@ -70,6 +70,7 @@ Examples:
 @click.option("--threads", type=int, help="Threads of ONNX Runtime within an operator.  [default: its own choice]")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the threshold and its evidence there.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write a plot of risk and exit depth against tau there.")
+@chat_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
 @cache_option
@@ -90,6 +91,7 @@ def main(
     threads: int | None,
     output: Path | None,
     png: Path | None,
+    chat: bool,
     as_json: bool,
     quiet: bool,
     cache: Path | None,
@@ -113,7 +115,7 @@ def main(
         result = calibrate(
             model,
             texts or None,
-            load_tokenizer(tokenizer or model),
+            load_tokenizer(tokenizer or model, chat=chat),
             max_risk=max_risk,
             confidence=confidence,
             loss=loss,

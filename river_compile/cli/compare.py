@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, numbers
+from river_compile.cli.options import cache_option, chat_option, numbers
 from river_compile.config import GROUP_SIZES, KV_POLICIES, RiverConfig
 from river_compile.errors import InputError
 from river_compile.version import __version__
@@ -70,6 +70,7 @@ def _policies(ctx: click.Context, param: click.Parameter, value: str) -> tuple[s
 @click.option("--rounds", type=int, default=5, show_default=True, help="Interleaved rounds of timing; 0: none.")
 @click.option("--png", type=click.Path(path_type=Path), help="Write the plot there.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
+@chat_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
 @cache_option
@@ -89,6 +90,7 @@ def main(
     rounds: int,
     png: Path | None,
     output: Path | None,
+    chat: bool,
     as_json: bool,
     quiet: bool,
     cache: Path | None,
@@ -118,7 +120,7 @@ def main(
         result = compare_policies(
             decoder,
             texts or None,
-            load_tokenizer(tokenizer or model),
+            load_tokenizer(tokenizer or model, chat=chat),
             policies=policies,
             taus=taus,
             prompt_tokens=prompt_tokens,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, numbers
+from river_compile.cli.options import cache_option, chat_option, numbers
 from river_compile.cli.options import depths as depths_option
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
@@ -75,6 +75,7 @@ Examples:
 )
 @click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page with plots.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
+@chat_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
 @cache_option
@@ -95,6 +96,7 @@ def main(
     sensitivity: Path | None,
     html: Path | None,
     output: Path | None,
+    chat: bool,
     as_json: bool,
     quiet: bool,
     cache: Path | None,
@@ -123,7 +125,7 @@ def main(
         result = evaluate(
             model,
             texts or None,
-            load_tokenizer(tokenizer or model),
+            load_tokenizer(tokenizer or model, chat=chat),
             taus=tau,
             depths=depths,
             max_tokens=max_tokens,

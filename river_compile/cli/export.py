@@ -14,12 +14,14 @@ from rich.table import Table
 
 from river_compile.cli.console import RiverCommand, progress_bars
 from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
+from river_compile.cli.options import chat_option
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.api import ExportReport, Plan
+    from river_compile.api import Agreement, ExportReport, Plan
+    from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.tuning import Tuning
     from river_compile.passes.anatomy import Layer
 
@@ -144,13 +146,19 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     show_default=True,
     help="Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts.",
 )
-@click.option("--tokenizer", metavar="FOLDER", help="Tokenizer for tuning texts.  [default: MODEL, if it is a folder]")
+@click.option("--tokenizer", metavar="FOLDER", help="To read texts with.  [default: MODEL, if it is a folder]")
+@click.option(
+    "--no-quality",
+    is_flag=True,
+    help="Do not compare the river with its backbone in the end, on some 300 tokens; done where there is a tokenizer.",
+)
 @click.option(
     "--tuning-texts",
     multiple=True,
     type=click.Path(path_type=Path),
     help="Text or JSONL file for gptq and for bit budgets; repeatable.  [default: tuning texts of the package]",
 )
+@chat_option
 @click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
 @click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
 @click.option(
@@ -185,7 +193,9 @@ def main(
     activations: str,
     quantizer: str,
     tokenizer: str | None,
+    no_quality: bool,
     tuning_texts: tuple[Path, ...],
+    chat: bool,
     avg_bits: float | None,
     max_kl: float | None,
     sensitivity: Path | None,
@@ -248,7 +258,7 @@ def main(
                 compute_capabilities=compute_capabilities,
                 weightless=weightless,
             )
-            tuning = _tuning(model, config, tokenizer, tuning_texts, None, None, None)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, chat)
             build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
             return
     else:
@@ -260,8 +270,9 @@ def main(
             report, text = planned.report, planned.to_json()
         else:
             planned = None
-            tuning = _tuning(model, config, tokenizer, tuning_texts, avg_bits, max_kl, sensitivity)
-            report = export(model, output, config, tuning=tuning, progress=progress)
+            tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
+            quality = None if no_quality else _quality(model, tokenizer, chat)
+            report = export(model, output, config, tuning=tuning, quality=quality, progress=progress)
             text = report.to_json()
     if as_json:
         click.echo(text)
@@ -271,14 +282,25 @@ def main(
         _show_report(console, report)
 
 
+def _quality(model: str, tokenizer: str | None, chat: bool) -> AgreementTexts | None:
+    """What to put the river to the test on, where there is a tokenizer."""
+    from river_compile.measure.agreement import AgreementTexts
+    from river_compile.measure.fidelity import load_tokenizer
+
+    if tokenizer is None and not (Path(model) / "tokenizer_config.json").is_file():
+        return None
+    return AgreementTexts(load_tokenizer(tokenizer or model, chat=chat))
+
+
 def _tuning(
     model: str,
     config: RiverConfig,
     tokenizer: str | None,
     texts: tuple[Path, ...],
-    avg_bits: float | None,
-    max_kl: float | None,
-    sensitivity: Path | None,
+    chat: bool,
+    avg_bits: float | None = None,
+    max_kl: float | None = None,
+    sensitivity: Path | None = None,
 ) -> Tuning | None:
     """Tuning, if any option asks for it or the quantizer does."""
     from river_compile.exporters.quantizers import quantizer
@@ -292,7 +314,11 @@ def _tuning(
     if tokenizer is None and Path(model).is_file():
         raise ConfigError("tokenizer", "tuning texts need the model's tokenizer: name its folder with --tokenizer")
     return Tuning(
-        load_tokenizer(tokenizer or model), load_texts(texts) if texts else None, avg_bits, max_kl, sensitivity
+        load_tokenizer(tokenizer or model, chat=chat),
+        load_texts(texts) if texts else None,
+        avg_bits,
+        max_kl,
+        sensitivity,
     )
 
 
@@ -303,6 +329,8 @@ def _show_report(console: Console, report: ExportReport) -> None:
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    if report.agreement is not None and report.agreement.advice is not None:
+        console.print(f"agreement {report.agreement.advice}", soft_wrap=True)
     if report.output is not None:
         console.print(f"wrote {report.output}", soft_wrap=True)
 
@@ -319,8 +347,15 @@ def _rows(report: ExportReport) -> list[tuple[str, str]]:
         ("quantizer", f"{report.quantizer}{bits}"),
         ("exit points", f"{len(points)}{where}"),
         *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
+        *([("agreement", _agreement(report.agreement))] if report.agreement is not None else []),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
+
+
+def _agreement(found: Agreement) -> str:
+    depth = "" if found.exit_depth is None else f", mean exit depth {found.exit_depth:.1f}"
+    of = f"{found.tokens} tokens of {found.documents} texts"
+    return f"{found.top1:.1%} with the backbone at tau {found.tau:g}, on {of}{depth}"
 
 
 def _show_plan(console: Console, plan: Plan) -> None:

@@ -11,7 +11,7 @@ import click
 
 from river_compile.errors import ConfigError
 
-__all__ = ["cache_option", "depths", "numbers"]
+__all__ = ["cache_option", "chat_option", "depths", "numbers"]
 
 
 def numbers(field: str) -> Callable[[click.Context, click.Parameter, str], tuple[float, ...]]:
@@ -32,6 +32,12 @@ def depths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int,
         return tuple(int(part) for part in value.split(",") if part.strip())
     except ValueError:
         raise ConfigError("depths", f"{value!r} is no list of whole numbers, such as 0,15") from None
+
+
+def chat_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--chat``, as the parameter ``chat``."""
+    text = "Read each text as the assistant's turn, by the tokenizer's chat template: for models tuned to chat."
+    return click.option("--chat", is_flag=True, help=text)(command)
 
 
 def cache_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -172,7 +172,8 @@ def calibrate(
             is then not tested on. An exported model needs room for it (``RiverConfig(tau_offsets=())``).
         prompt_tokens: a document's first tokens, read in one pass like the prompt they would be (the model's own rule
             for prefill holds there); only predictions from the last of them on count. Decoding without any prompt would
-            let the first token exit, on whose keys and values all later ones lean hardest.
+            let the first token exit, on whose keys and values all later ones lean hardest. A chat template before the
+            text counts neither here nor in ``max_tokens``.
         max_tokens: only the first so many tokens of a document are read.
         max_documents: only so many, evenly spread over ``texts``.
         threads: of ONNX Runtime within an operator; its own choice if None.
@@ -185,6 +186,8 @@ def calibrate(
     """
     check_risk(max_risk, confidence)
     order = _check(taus, loss, kl_clip)
+    check_lengths(prompt_tokens, max_tokens)
+    prompt_tokens, max_tokens = prompt_tokens + tokenizer.lead, max_tokens + tokenizer.lead
     subject = _subject(model, threads)
     if by_layer and not subject.has_offsets:
         raise ConfigError("by_layer", "the model has one threshold for all layers; export it with room for more")
@@ -264,7 +267,6 @@ def _documents(
     max_tokens: int,
     max_documents: int | None,
 ) -> list[TokenizedDocument]:
-    check_lengths(prompt_tokens, max_tokens)
     if max_documents is not None and max_documents < 1:
         raise ConfigError("max_documents", f"must be 1 or more, not {max_documents}")
     whole = tokenize(chosen_texts(texts, "calibration"), tokenizer, vocabulary)

@@ -45,6 +45,8 @@ _TOP = 5
 _LEAST_TOKENS = 2
 # A model's vocabulary is often padded beyond its tokenizer's, by a few percent at most.
 _PADDED_SHARE = 0.9
+_REQUEST = "Write a text."
+_SAMPLE = "river"
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,24 @@ class TokenizedDocument:
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer as the evaluator needs it: text to ids, ids to text, and the number of its tokens."""
+    """A tokenizer as the evaluator needs it: text to ids, ids to text, and the number of its tokens.
+
+    Fields:
+        front, back: what ``encode`` puts before and behind every text, such as a BOS token or a chat template.
+        template: whether that is a chat template.
+    """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     vocabulary: int
+    front: tuple[int, ...] = ()
+    back: tuple[int, ...] = ()
+    template: bool = False
+
+    @property
+    def lead(self) -> int:
+        """Tokens of a chat template before the text: a prompt of so many more than were asked for."""
+        return len(self.front) if self.template else 0
 
 
 @dataclass(frozen=True)
@@ -202,12 +217,15 @@ def shipped_texts(split: str, kinds: Sequence[str] = KINDS) -> list[Document]:
         return load_texts(path / f"{kind}.{split}.jsonl" for kind in kinds)
 
 
-def load_tokenizer(folder: str | Path) -> TextTokenizer:
+def load_tokenizer(folder: str | Path, *, chat: bool = False) -> TextTokenizer:
     """The tokenizer of a Hugging Face folder (or hub name).
+
+    Args:
+        chat: make each text the assistant's turn, by the tokenizer's chat template.
 
     Raises:
         MissingExtra: transformers is not installed.
-        InputError: there is no tokenizer.
+        InputError: there is no tokenizer, or it has no chat template that could be used.
     """
     try:
         from transformers import AutoTokenizer
@@ -217,11 +235,39 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:200]}") from error
+
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode(text: str) -> list[int]:
+        return [*front, *plain(text), *back] if chat else list(tokenizer(text, verbose=False)["input_ids"])
+
+    front, back = _turn(tokenizer, folder, plain) if chat else _added(tokenizer(_SAMPLE)["input_ids"], plain(_SAMPLE))
     return TextTokenizer(
-        lambda text: list(tokenizer(text, verbose=False)["input_ids"]),
-        lambda ids: str(tokenizer.decode(list(ids))),
-        len(tokenizer),
+        encode, lambda ids: str(tokenizer.decode(list(ids))), len(tokenizer), tuple(front), tuple(back), chat
     )
+
+
+def _added(whole: list[int], plain: list[int]) -> tuple[list[int], list[int]]:
+    """What stands before and behind the plain tokens of a text."""
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _turn(tokenizer: Any, folder: str | Path, plain: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
+    """What a chat template puts before and behind the assistant's turn."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{folder}: the tokenizer has no chat template; read the texts as they are, without --chat")
+    turns = [{"role": "user", "content": _REQUEST}, {"role": "assistant", "content": _SAMPLE}]
+    try:
+        before, found, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SAMPLE)
+    except Exception as error:
+        raise InputError(f"{folder}: its chat template fails: {' '.join(str(error).split())[:200]}") from error
+    if not found:
+        raise InputError(f"{folder}: its chat template leaves out what the assistant says")
+    return plain(before), plain(behind)
 
 
 def tokenize(
@@ -229,15 +275,19 @@ def tokenize(
 ) -> list[TokenizedDocument]:
     """Documents as token ids; one of more than ``max_tokens`` tokens becomes consecutive pieces, named ``id#2`` etc.
 
+    Every piece begins and ends as the tokenizer has a text begin and end: a model that expects a BOS token predicts
+    badly without.
+
     Args:
         vocabulary: the size of the model's vocabulary.
 
     Raises:
         InputError: the tokenizer is another model's; a document has fewer than two tokens.
-        ConfigError: ``max_tokens`` is less than two.
+        ConfigError: ``max_tokens`` leaves no room for two tokens of the text.
     """
-    if max_tokens is not None and max_tokens < _LEAST_TOKENS:
-        raise ConfigError("max_tokens", f"must be {_LEAST_TOKENS} or more, not {max_tokens}")
+    least = _LEAST_TOKENS + len(tokenizer.front) + len(tokenizer.back)
+    if max_tokens is not None and max_tokens < least:
+        raise ConfigError("max_tokens", f"must be {least} or more, not {max_tokens}")
     if not _PADDED_SHARE * vocabulary <= tokenizer.vocabulary <= vocabulary:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary} tokens and the model {vocabulary}: they do not belong together"
@@ -249,18 +299,21 @@ def tokenize(
             raise InputError(f"{document.id}: {len(ids)} tokens are too few; the least is {_LEAST_TOKENS}")
         if ids.max() >= vocabulary:
             raise InputError(f"{document.id}: token {ids.max()} is beyond the model's vocabulary of {vocabulary}")
-        for number, part in enumerate(_pieces(ids, max_tokens), 1):
+        for number, part in enumerate(_pieces(ids, tokenizer, max_tokens), 1):
             name = document.id if number == 1 else f"{document.id}#{number}"
             pieces.append(TokenizedDocument(name, document.kind, part))
     return pieces
 
 
-def _pieces(ids: np.ndarray, max_tokens: int | None) -> list[np.ndarray]:
-    if max_tokens is None:
+def _pieces(ids: np.ndarray, tokenizer: TextTokenizer, max_tokens: int | None) -> list[np.ndarray]:
+    if max_tokens is None or len(ids) <= max_tokens:
         return [ids]
-    parts = [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
+    front, back = np.array(tokenizer.front, np.int64), np.array(tokenizer.back, np.int64)
+    text = ids[len(front) : len(ids) - len(back)]
+    room = max_tokens - len(front) - len(back)
+    parts = [text[start : start + room] for start in range(0, len(text), room)]
     # A tail of one token predicts nothing that could be scored.
-    return [part for part in parts if len(part) >= _LEAST_TOKENS]
+    return [np.concatenate([front, part, back]) for part in parts if len(part) >= _LEAST_TOKENS]
 
 
 def compare(backbone: np.ndarray, model: np.ndarray, ids: np.ndarray) -> TokenFidelity:

@@ -143,6 +143,8 @@ def compare_policies(
     """
     progress = progress or (lambda step, done, total: None)
     settings = _settings(policies, taus)
+    check_lengths(prompt_tokens, max_tokens)
+    prompt_tokens, max_tokens = prompt_tokens + tokenizer.lead, max_tokens + tokenizer.lead
     documents = _documents(texts, tokenizer, decoder.vocabulary, prompt_tokens, max_tokens, max_documents)
     kept = Readings(cache, f"policies 1 {decoder.fingerprint()} {prompt_tokens}")
     readings = _read_all(decoder, documents, settings, prompt_tokens, kept, progress)
@@ -182,7 +184,6 @@ def _documents(
     max_tokens: int,
     max_documents: int | None,
 ) -> list[TokenizedDocument]:
-    check_lengths(prompt_tokens, max_tokens)
     whole = tokenize(chosen_texts(texts, "heldout"), tokenizer, vocabulary)
     cut = [TokenizedDocument(d.id, d.kind, d.ids[:max_tokens]) for d in whole if len(d.ids) > prompt_tokens]
     if not cut:

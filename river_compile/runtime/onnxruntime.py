@@ -12,8 +12,7 @@ import numpy as np
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
-from river_compile.exporters.onnx.onnx_file import read_graph
-from river_compile.exporters.onnx.signature import Signature
+from river_compile.exporters.onnx.signature import Signature, read_graph
 from river_compile.runtime.cutting import CacheForm, Cutter
 from river_compile.runtime.decoder import Decoder
 from river_compile.runtime.protocol import State

@@ -130,6 +130,7 @@ def test_the_page_is_whole_and_loads_nothing(folder: Path, exported: Callable[[s
         (("--sensitivity", "missing.json"), {}, "no sensitivity file"),
         (("--html", "missing/page.html"), {}, "there is no such folder"),
         (("--max-tokens", 1), {}, "max_tokens: must be 2 or more"),
+        (("--chat",), {}, "the tokenizer has no chat template"),
         (("--documents", 0), {}, "max_documents: must be 1 or more"),
     ],
 )

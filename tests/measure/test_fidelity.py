@@ -18,6 +18,7 @@ from river_compile.measure.fidelity import (
     bootstrap,
     compare,
     load_texts,
+    load_tokenizer,
     pearson,
     shipped_texts,
     tokenize,
@@ -143,6 +144,65 @@ def test_no_texts_is_an_error() -> None:
 def test_long_documents_become_pieces() -> None:
     pieces = tokenize([Document("d", "k", "abcdefghi")], BYTES, 256, max_tokens=4)
     assert [(piece.id, piece.ids.tolist()) for piece in pieces] == [("d", list(b"abcd")), ("d#2", list(b"efgh"))]
+
+
+def test_every_piece_begins_and_ends_as_the_tokenizer_has_a_text_begin_and_end() -> None:
+    framed = TextTokenizer(lambda text: [1, 2, *text.encode(), 3], str, 256, (1, 2), (3,))
+    pieces = tokenize([Document("d", "k", "abcdefghi")], framed, 256, max_tokens=6)
+    assert [piece.ids.tolist() for piece in pieces] == [[1, 2, *part, 3] for part in (b"abc", b"def", b"ghi")]
+    whole = tokenize([Document("d", "k", "abc")], framed, 256, max_tokens=6)
+    assert [piece.ids.tolist() for piece in whole] == [[1, 2, *b"abc", 3]]
+    with pytest.raises(ConfigError, match="max_tokens: must be 5 or more, not 4"):
+        tokenize([Document("d", "k", "abcdefghi")], framed, 256, max_tokens=4)
+
+
+_TEMPLATE = "w90{% for turn in messages %} {{ turn.role }} {{ turn.content }} w91{% endfor %}"
+
+
+@pytest.mark.parametrize("added", [((), ()), (("w1",), ()), (("w1", "w3"), ("w2",))])
+def test_what_a_tokenizer_adds_is_found(tmp_path: Path, added: tuple[tuple[str, ...], tuple[str, ...]]) -> None:
+    front, back = (tuple(int(word[1:]) for word in words) for words in added)
+    found = load_tokenizer(_words(tmp_path, *added))
+    assert (found.front, found.back, found.lead) == (front, back, 0)
+    assert found.encode("w7 w8") == [*front, 7, 8, *back]
+
+
+def test_a_chat_template_makes_each_text_the_assistants_turn(tmp_path: Path) -> None:
+    folder = _words(tmp_path, ("w1",), ("w2",), _TEMPLATE)
+    found = load_tokenizer(folder, chat=True)
+    text = found.encode("w7 w8")
+    assert text == [*found.front, 7, 8, 91]
+    assert text[0] == 90 and found.back == (91,) and found.lead == len(found.front) > 2
+    pieces = tokenize([Document("d", "k", "w7 w8 w9 w10")], found, 128, max_tokens=len(text))
+    assert [piece.ids.tolist() for piece in pieces] == [[*found.front, *part, 91] for part in ([7, 8], [9, 10])]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "its chat template fails: roles must alternate"),
+        ("{{ messages[0].content }}", "leaves out what the assistant says"),
+    ],
+)
+def test_a_tokenizer_that_cannot_chat_is_one_clear_line(tmp_path: Path, template: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_tokenizer(_words(tmp_path, template=template), chat=True)
+    assert "\n" not in str(caught.value)
+
+
+def _words(folder: Path, front: tuple[str, ...] = (), back: tuple[str, ...] = (), template: str | None = None) -> Path:
+    """A tokenizer of 128 words that frames every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if front or back:
+        special = [(word, int(word[1:])) for word in {*front, *back}]
+        words.post_processor = processors.TemplateProcessing([*front, "$A", *back], special_tokens=special)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=template).save_pretrained(folder)
+    return folder
 
 
 def test_a_text_too_short_or_a_foreign_tokenizer_is_one_clear_line() -> None:
