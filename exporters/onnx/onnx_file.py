@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx
-import onnx.inliner
 from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from river_compile.errors import InputError, RiverError
+from river_compile.exporters.onnx.normal_form import normal_form
 
 __all__ = [
     "CALIBRATION",
@@ -46,7 +46,7 @@ _FUNCTION = ("activations", "exit_every")
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """Read a model without its external data, local functions inlined.
+    """Read a model without its external data, in its `normal_form`.
 
     Raises:
         InputError: not a file, not ONNX, truncated, already a river model; external data missing, too short, or outside
@@ -64,9 +64,7 @@ def load(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _all_tensors(model.graph):
         _check_external(tensor, path)
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    return model
+    return normal_form(model, path)
 
 
 def _one_line(error: BaseException) -> str:
