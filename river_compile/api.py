@@ -250,6 +250,7 @@ def plan(
     """
     from river_compile.exporters.onnx import onnx_file, rewrite
     from river_compile.exporters.quantizers import quantizer
+    from river_compile.passes.onnx.external_data import tensor_bytes
 
     config = config or RiverConfig()
     quantizer(config.quantizer)
@@ -257,7 +258,7 @@ def plan(
     with ExitStack() as stack:
         source, label = _as_onnx(model, None, stack, progress or (lambda step, done, total: None))
         proto = onnx_file.load(source)
-        backbone_bytes = sum(map(onnx_file.tensor_bytes, proto.graph.initializer))
+        backbone_bytes = sum(map(tensor_bytes, proto.graph.initializer))
         anatomy, river = rewrite.survey(proto, source.parent, config)
     report = ExportReport(
         source=label,

@@ -12,6 +12,7 @@ import onnx.version_converter
 from onnx.external_data_helper import uses_external_data
 
 from river_compile.errors import InputError
+from river_compile.passes.onnx.external_data import tensor_values
 
 __all__ = ["MIN_OPSET", "normal_form", "opset_of", "raise_opset"]
 
@@ -144,8 +145,8 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def _make_dense(graph: onnx.GraphProto, folder: Path) -> None:
     """Make ordinary weights of sparse ones, as runtimes do when they load a model."""
     for sparse in graph.sparse_initializer:
-        values = onnx.numpy_helper.to_array(sparse.values, str(folder))
-        indices = onnx.numpy_helper.to_array(sparse.indices, str(folder))
+        values = tensor_values(sparse.values, folder)
+        indices = tensor_values(sparse.indices, folder)
         dense = np.zeros(tuple(sparse.dims), values.dtype)
         if indices.ndim == 1:
             dense.reshape(-1)[indices] = values

@@ -14,7 +14,8 @@ import onnx
 
 from river_compile.config import RiverConfig
 from river_compile.errors import PassError
-from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG, tensor_bytes
+from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG
+from river_compile.passes.onnx.external_data import tensor_bytes
 from river_compile.passes.onnx.find_layers import Anatomy, find_layers
 from river_compile.passes.onnx.fit_opset import fit_opset, opset_problems
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model

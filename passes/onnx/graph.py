@@ -20,6 +20,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from river_compile.passes.onnx.external_data import tensor_values
+
 __all__ = ["OnnxGraph", "Uses", "bodies", "constant_value", "export_model", "import_model", "reads", "toposorted"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -85,7 +87,7 @@ def constant_value(constant: gs.Constant, folder: Path | None = None) -> np.ndar
     values = constant._values
     if isinstance(values, np.ndarray):
         return values
-    return np.asarray(onnx.numpy_helper.to_array(values.tensor, str(folder or "")))
+    return tensor_values(values.tensor, folder)
 
 
 class Uses:
