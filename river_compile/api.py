@@ -329,6 +329,7 @@ def plan(
     """
     from river_compile.exporters.onnx import onnx_file, rewrite
     from river_compile.exporters.quantizers import quantizer
+    from river_compile.passes.onnx.external_data import tensor_bytes
 
     config = config or RiverConfig()
     quantizer(config.quantizer)
@@ -338,7 +339,7 @@ def plan(
         source, label = _as_onnx(model, None, stack, steps)
         with steps("read"):
             proto = onnx_file.load(source)
-            backbone_bytes = sum(map(onnx_file.tensor_bytes, proto.graph.initializer))
+            backbone_bytes = sum(map(tensor_bytes, proto.graph.initializer))
         with steps("find_layers"):
             anatomy, river = rewrite.survey(proto, source.parent, config)
     seconds = steps.seconds | {"total": time.perf_counter() - started}

@@ -153,7 +153,7 @@ def weigh(plain: Path, config: RiverConfig) -> tuple[int, int, int]:
     planned, without_head = plan(plain, config), plan(plain, replace(config, head_bits="float"))
     import onnx
 
-    from river_compile.exporters.onnx.onnx_file import tensor_bytes
+    from river_compile.passes.onnx.external_data import tensor_bytes
 
     sizes = {
         tensor.name: tensor_bytes(tensor) for tensor in onnx.load(plain, load_external_data=False).graph.initializer

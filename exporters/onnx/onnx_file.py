@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx
-import onnx.inliner
 from google.protobuf.message import DecodeError, EncodeError
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx.external_data_helper import uses_external_data
 
 from river_compile.errors import InputError, RiverError
+from river_compile.exporters.onnx.normal_form import normal_form
+from river_compile.passes.onnx.external_data import chunks, place_of, tensor_bytes
 
 __all__ = [
     "CALIBRATION",
@@ -30,7 +30,6 @@ __all__ = [
     "load",
     "note",
     "save",
-    "tensor_bytes",
 ]
 
 RIVER_CONFIG = "river.config"
@@ -39,23 +38,23 @@ EXTERNAL_ABOVE = 1 << 30
 _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 _ALIGNMENT = 4096
 _INLINE_BELOW = 1024
-_NARROW: dict[int, int] = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.FLOAT4E2M1: 4}
-_CHUNK = 1 << 24
+_LFS = b"version https://git-lfs.github.com/spec/"
 _NO_WEIGHT = ("river.tau", "river.max_depth", "river.tau_offsets", "river/thresholds/axes", "river/layers")
 # What a river computes with beside its weights, which show all other settings but thresholds.
 _FUNCTION = ("activations", "exit_every")
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """Read a model without its external data, local functions inlined.
+    """Read a model without its external data, in its `normal_form`.
 
     Raises:
-        InputError: not a file, not ONNX, truncated, already a river model; external data missing, too short, or outside
-            the model's folder.
+        InputError: not a file, not ONNX, truncated, a Git LFS pointer, already a river model; a weight that is not as
+            long as its shape takes; external data missing, too short, or outside the model's folder.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
+        _refuse_pointer(path, str(path))
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise InputError(f"{path}: not an ONNX model, or truncated ({_one_line(error)})") from error
@@ -63,40 +62,74 @@ def load(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: not an ONNX model, or truncated (it has no graph)")
     if any(prop.key == RIVER_CONFIG for prop in model.metadata_props):
         raise InputError(f"{path}: already a river model; export from the original")
-    for tensor in _all_tensors(model.graph):
-        _check_external(tensor, path)
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    return model
+    for tensor in _tensors(model):
+        _check_weight(tensor, path)
+    return normal_form(model, path)
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _all_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
+def _all_tensors(nodes: Iterable[onnx.NodeProto], weights: Iterable[onnx.TensorProto]) -> Iterator[onnx.TensorProto]:
+    """All tensors of nodes and their subgraphs."""
+    yield from weights
+    for node in nodes:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            if attribute.HasField("g"):
-                yield from _all_tensors(attribute.g)
+            yield from [attribute.t] if attribute.HasField("t") else ()
+            yield from attribute.tensors
+            for graph in [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]:
+                yield from _all_tensors(graph.node, graph.initializer)
 
 
-def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    if not uses_external_data(tensor):
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    sparse = (part for s in model.graph.sparse_initializer for part in (s.values, s.indices))
+    yield from _all_tensors(model.graph.node, [*model.graph.initializer, *sparse])
+    for function in model.functions:
+        yield from _all_tensors(function.node, ())
+
+
+def _check_weight(tensor: onnx.TensorProto, path: Path) -> None:
+    """A weight's data is there, as long as its shape takes, in the model or in a file of the model's.
+
+    A file is the model's if its path leads nowhere but into the folder, and so do its links; or, where the model is a
+    link itself, into the folder of the file that it means. A hub's cache is made so, and ONNX Runtime asks the same.
+    """
+    try:
+        size = tensor_bytes(tensor)
+        place = place_of(tensor) if uses_external_data(tensor) else None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if place is None:
+        if tensor.raw_data and len(tensor.raw_data) != size:
+            raise InputError(
+                f"{path}: weight {tensor.name!r} is {len(tensor.raw_data)} bytes, but its shape takes {size}"
+            )
         return
-    info = ExternalDataInfo(tensor)
-    folder = path.parent.resolve()
-    data = (folder / info.location).resolve()
-    if not data.is_relative_to(folder):
-        raise InputError(f"{path}: weight {tensor.name!r} lies outside the model's folder: {info.location}")
+    location = Path(os.path.normpath(place.location))
+    data = path.parent / location
+    folders = (path.parent.resolve(), path.resolve().parent)
+    inside = any(data.resolve().is_relative_to(folder) for folder in folders)
+    if location.is_absolute() or location.parts[:1] == ("..",) or not inside:
+        raise InputError(f"{path}: weight {tensor.name!r} lies outside the model's folder: {place.location}")
     if not data.is_file():
-        raise InputError(f"{path}: external data is missing: {info.location}")
-    end = (info.offset or 0) + (info.length or 0)
-    if data.stat().st_size < end:
-        raise InputError(f"{path}: external data is truncated: {info.location} ends before weight {tensor.name!r} does")
+        raise InputError(f"{path}: external data is missing: {place.location}")
+    if data.stat().st_size < place.offset + place.length:
+        _refuse_pointer(data, f"{path}: external data {place.location}")
+        raise InputError(
+            f"{path}: external data is truncated: {place.location} ends before weight {tensor.name!r} does"
+        )
+
+
+def _refuse_pointer(file: Path, what: str) -> None:
+    """Git leaves a short text in the place of a large file that it did not fetch.
+
+    Raises:
+        InputError: the file is such a text.
+    """
+    with open(file, "rb") as source:
+        if source.read(len(_LFS)) == _LFS:
+            raise InputError(f"{what} is a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'")
 
 
 def check_target(path: Path) -> None:
@@ -118,7 +151,7 @@ def check_apart(target: Path, source: Path, model: onnx.ModelProto) -> None:
     Raises:
         InputError: it would.
     """
-    data = {ExternalDataInfo(tensor).location for tensor in _all_tensors(model.graph) if uses_external_data(tensor)}
+    data = {place_of(tensor).location for tensor in _tensors(model) if uses_external_data(tensor)}
     inputs = {source.resolve(), *((source.parent / location).resolve() for location in data)}
     for output in (target, _data_beside(target)):
         if output.resolve() in inputs:
@@ -132,16 +165,6 @@ def _is_large(tensor: onnx.TensorProto) -> bool:
 
 def _data_beside(path: Path) -> Path:
     return path.with_name(path.name + ".data")
-
-
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Size of a tensor's data in bytes."""
-    if tensor.raw_data:
-        return len(tensor.raw_data)
-    if uses_external_data(tensor) and ExternalDataInfo(tensor).length:
-        return int(ExternalDataInfo(tensor).length)
-    bits = _NARROW.get(tensor.data_type) or onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
-    return int(math.prod(tensor.dims) * bits // 8)
 
 
 def save(
@@ -170,9 +193,10 @@ def save(
         raise RiverError(f"{path}: {total / 2**30:.1f} GB of weights do not fit into one file; use external data")
     data_name = _data_beside(path).name
     with _staging(path) as stage:
-        for tensor in _all_tensors(model.graph):
-            if uses_external_data(tensor) and not (external and _is_large(tensor)):
-                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder or ""))
+        held = [t for t in model.graph.initializer if not (external and _is_large(t))]
+        for tensor in _all_tensors(model.graph.node, held):
+            if uses_external_data(tensor):
+                tensor.raw_data = b"".join(chunks(tensor, folder))
                 tensor.ClearField("external_data")
                 tensor.data_location = onnx.TensorProto.DEFAULT
         if external:
@@ -217,7 +241,7 @@ def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:
     for tensor in sorted(model.graph.initializer, key=lambda tensor: tensor.name):
         if tensor.name not in _NO_WEIGHT:
             digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
-            for chunk in _chunks(tensor, folder):
+            for chunk in chunks(tensor, folder):
                 digest.update(chunk)
     return digest.hexdigest()
 
@@ -253,7 +277,7 @@ def _stream(
     for tensor in filter(_is_large, model.graph.initializer):
         sink.seek(-(-sink.tell() // _ALIGNMENT) * _ALIGNMENT)
         offset = sink.tell()
-        for chunk in _chunks(tensor, folder):
+        for chunk in chunks(tensor, folder):
             sink.write(chunk)
             done += len(chunk)
             progress(done)
@@ -264,19 +288,3 @@ def _stream(
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
-
-
-def _chunks(tensor: onnx.TensorProto, folder: Path | None) -> Iterator[bytes]:
-    if not uses_external_data(tensor):
-        yield tensor.raw_data or onnx.numpy_helper.to_array(tensor).tobytes()
-        return
-    info = ExternalDataInfo(tensor)
-    with open((folder or Path()) / info.location, "rb") as source:
-        source.seek(info.offset or 0)
-        left = info.length if info.length else os.fstat(source.fileno()).st_size - (info.offset or 0)
-        while left > 0:
-            chunk = source.read(min(_CHUNK, left))
-            if not chunk:
-                raise InputError(f"external data ended early: {info.location}")
-            left -= len(chunk)
-            yield chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import onnx
 
 from river_compile.errors import InputError, MissingExtra
-from river_compile.exporters.onnx.onnx_file import EXTERNAL_ABOVE, tensor_bytes
+from river_compile.exporters.onnx.onnx_file import EXTERNAL_ABOVE
 from river_compile.exporters.onnx.signature import Signature
+from river_compile.passes.onnx.external_data import tensor_bytes
 
 __all__ = ["HiddenStates", "Probe"]
 
@@ -53,6 +55,7 @@ class Probe:
         options.log_severity_level = 3
         # A probe is used between other work: its idle threads should not spin.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        folder = _follow_links(model, folder)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             self._session = onnxruntime.InferenceSession(
@@ -80,6 +83,21 @@ class Probe:
         overridable = {value.name for value in self._session.get_overridable_initializers()}
         never = np.array(2.0, np.float32)
         return {"river.tau": never} if "river.tau" in overridable else {}
+
+
+def _follow_links(model: onnx.ModelProto, folder: Path) -> Path:
+    """Let a model name the files that its external data is, not links to them; the folder that it names them in.
+
+    Of a model in memory ONNX Runtime knows no folder but the one it is told, and refuses a link that leads out of it.
+    """
+    entries = [e for t in model.graph.initializer for e in t.external_data if e.key == "location"]
+    files = {entry.value: (folder / entry.value).resolve() for entry in entries}
+    if not files:
+        return folder
+    common = Path(os.path.commonpath([file.parent for file in files.values()]))
+    for entry in entries:
+        entry.value = str(files[entry.value].relative_to(common))
+    return common
 
 
 class HiddenStates:

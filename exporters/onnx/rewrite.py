@@ -13,8 +13,11 @@ import numpy as np
 import onnx
 
 from river_compile.config import RiverConfig
-from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG, tensor_bytes
+from river_compile.errors import PassError
+from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG
+from river_compile.passes.onnx.external_data import tensor_bytes
 from river_compile.passes.onnx.find_layers import Anatomy, find_layers
+from river_compile.passes.onnx.fit_opset import fit_opset, opset_problems
 from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
 from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
 from river_compile.passes.onnx.insert_exits import exit_points, insert_exits
@@ -55,11 +58,15 @@ def dissect(
 
     Raises:
         LayersNotFound: it is no decoder with a KV cache.
+        PassError: a pass needs an operator that the model's opset does not have.
     """
     graph = import_model(model, folder)
-    for prepared in prepare:
-        prepared(graph)
-    unfuse_skip_norms(graph)
+    graph.foreign = frozenset(opset_problems(graph))
+    for number, preparing in enumerate((*prepare, unfuse_skip_norms)):
+        preparing(graph)
+        fit_opset(graph)
+        if problems := opset_problems(graph):
+            raise PassError(tuple(map(_name, (*prepare, unfuse_skip_norms)[: number + 1])), problems[0])
     return graph, find_layers(graph)
 
 
@@ -94,6 +101,7 @@ def rewrite(
 
     def after(name: str, started: float) -> None:
         ran.append(name)
+        fit_opset(graph)
         verify(graph, original, anatomy, ran)
         if config.dump_dir is not None:
             _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
@@ -119,7 +127,7 @@ def rewrite(
     for finishing in finish:
         started = time.perf_counter()
         finishing(graph, anatomy)
-        after(getattr(finishing, "__name__", "finish"), started)
+        after(_name(finishing), started)
     started = time.perf_counter()
     graph.metadata[RIVER_CONFIG] = config.to_json()
     if config.calibration is not None:
@@ -132,6 +140,11 @@ def rewrite(
     added = count_nodes(rewritten.graph) - nodes_before
     seconds["assemble"] = time.perf_counter() - started
     return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, seconds)
+
+
+def _name(step: object) -> str:
+    """What a pass is called, its settings aside."""
+    return str(getattr(getattr(step, "func", step), "__name__", step))
 
 
 def survey(model: onnx.ModelProto, folder: Path | None, config: RiverConfig) -> tuple[Anatomy, River]:

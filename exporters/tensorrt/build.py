@@ -21,9 +21,11 @@ from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.onnx import onnx_file, rewrite
 from river_compile.exporters.onnx.moments import Moments
+from river_compile.exporters.onnx.normal_form import raise_opset
 from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.tensorrt import builder
 from river_compile.exporters.tensorrt.engine import EngineInfo, Profile, side_file
+from river_compile.exporters.tensorrt.linear import OPSET as LINEAR_OPSET
 from river_compile.exporters.tensorrt.linear import DequantizedMatMul
 from river_compile.exporters.tensorrt.runtime import RUNTIMES, load_runtime
 from river_compile.passes.onnx.find_layers import Anatomy
@@ -34,6 +36,7 @@ from river_compile.passes.onnx.lower_attention import lower_attention
 from river_compile.passes.onnx.lower_flags import lower_flags
 from river_compile.passes.onnx.narrow_floats import FLOATS, narrow_floats
 from river_compile.passes.onnx.share_attention import share_attention
+from river_compile.passes.onnx.static_cache import OPSET as CACHE_OPSET
 from river_compile.passes.onnx.static_cache import static_cache
 from river_compile.passes.quantizer import ActivationAware
 
@@ -231,6 +234,9 @@ def write_onnx(
     Raises: as `build`, as far as the model and the settings are concerned.
     """
     proto = onnx_file.load(model)
+    # What the passes of this destination write: blocked dequantization, and the operator for a cache update.
+    opset = CACHE_OPSET if options.kv_cache == "static" else LINEAR_OPSET if options.river else 0
+    proto = raise_opset(proto, opset, model)
     own, dtype = _float_types(proto, options, model)
     prepare: list[rewrite.Preparation] = []
     if own != dtype:

@@ -15,7 +15,10 @@ from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["DequantizedMatMul"]
+__all__ = ["OPSET", "DequantizedMatMul"]
+
+OPSET = 21
+"""The first with 4-bit integers and with blocks along an axis in DequantizeLinear."""
 
 _INTEGERS = {4: np.dtype(ml_dtypes.int4), 8: np.dtype(np.int8)}
 

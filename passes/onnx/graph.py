@@ -20,7 +20,9 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-__all__ = ["OnnxGraph", "Uses", "constant_value", "export_model", "import_model", "reads", "toposorted"]
+from river_compile.passes.onnx.external_data import tensor_values
+
+__all__ = ["OnnxGraph", "Uses", "bodies", "constant_value", "export_model", "import_model", "reads", "toposorted"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -38,8 +40,11 @@ class OnnxGraph:
         file_names: for the id of a node, the name that it has in the file, if it has one.
         inputs, outputs: the signature as it was in the file.
         overridable: names of weights that are graph inputs as well (a default, settable per run).
+        replaceable: those of the file's own that are meant to be set (LoRA weights); none of a file that lists every
+            weight as an input, as files of IR 3 must.
         added_outputs: outputs that the passes add, after the original ones.
         restated: names of the model's own nodes that a pass has written otherwise, to the same effect.
+        foreign: what the file has that its opset does not, see `opset_problems`.
         metadata: the model's metadata properties.
         folder: where external data lies; None when there is none.
     """
@@ -53,6 +58,8 @@ class OnnxGraph:
     overridable: list[str] = field(default_factory=list)
     added_outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     restated: set[str] = field(default_factory=set)
+    replaceable: frozenset[str] = frozenset()
+    foreign: frozenset[str] = frozenset()
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -80,7 +87,7 @@ def constant_value(constant: gs.Constant, folder: Path | None = None) -> np.ndar
     values = constant._values
     if isinstance(values, np.ndarray):
         return values
-    return np.asarray(onnx.numpy_helper.to_array(values.tensor, str(folder or "")))
+    return tensor_values(values.tensor, folder)
 
 
 class Uses:
@@ -110,6 +117,14 @@ def reads(node: gs.Node) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def bodies(nodes: list[gs.Node]) -> Iterator[list[gs.Node]]:
+    """A node list and those of all subgraphs in it."""
+    yield nodes
+    for node in nodes:
+        for subgraph in node.subgraphs():
+            yield from bodies(subgraph.nodes)
+
+
 @contextmanager
 def _quiet_surgeon() -> Iterator[None]:
     severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
@@ -126,6 +141,9 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
         model: read without its external data; its tensors are taken over, not copied.
         folder: where the external data lies.
     """
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    overridable = [value.name for value in model.graph.input if value.name in initializers]
+    _constants_to_weights(model.graph)
     with _quiet_surgeon():
         surgeon = gs.import_onnx(model)
     scopes = _scopes(surgeon, model)
@@ -137,7 +155,6 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
     scopes = {id(node): scopes[id(node)] for node in surgeon.nodes if id(node) in scopes}
     file_names = {id(node): node.name for node in surgeon.nodes if node.name}
     _name_nodes(surgeon)
-    initializers = {tensor.name for tensor in model.graph.initializer}
     return OnnxGraph(
         surgeon=surgeon,
         weights=weights,
@@ -145,10 +162,42 @@ def import_model(model: onnx.ModelProto, folder: Path | None = None) -> OnnxGrap
         file_names=file_names,
         inputs=list(model.graph.input),
         outputs=list(model.graph.output),
-        overridable=[value.name for value in model.graph.input if value.name in initializers],
+        overridable=overridable,
+        replaceable=frozenset(overridable) if set(overridable) != initializers else frozenset(),
         metadata={prop.key: prop.value for prop in model.metadata_props},
         folder=folder,
     )
+
+
+def _constants_to_weights(graph: onnx.GraphProto) -> None:
+    """Make weights of the outer scope's Constant nodes, since a pass should meet one form only."""
+    outputs = {value.name for value in graph.output}
+    kept = []
+    for node in graph.node:
+        constant = node.op_type == "Constant" and node.domain in ("", "ai.onnx") and node.output[0] not in outputs
+        tensor = _constant_tensor(node) if constant else None
+        if tensor is None:
+            kept.append(node)
+        else:
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+    if len(kept) < len(graph.node):
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The value of a Constant node; None if it is sparse or a text."""
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            tensor: onnx.TensorProto = attribute.t
+            return tensor
+        if attribute.name in kinds:
+            value = onnx.helper.get_attribute_value(attribute)
+            return onnx.numpy_helper.from_array(np.array(value, kinds[attribute.name]))
+    return None
 
 
 def _scopes(surgeon: gs.Graph, model: onnx.ModelProto) -> dict[int, tuple[str, ...]]:
@@ -161,17 +210,7 @@ def _scopes(surgeon: gs.Graph, model: onnx.ModelProto) -> dict[int, tuple[str, .
 
 
 def _outer_weights(surgeon: gs.Graph, model: onnx.ModelProto) -> dict[str, gs.Constant]:
-    """All constants of the outer scope. Constant nodes become weights, since a pass should meet one form only."""
-    outputs = {value.name for value in model.graph.output}
-    nodes = []
-    for node in surgeon.nodes:
-        if node.op == "Constant" and "value" in node.attrs and node.outputs[0].name not in outputs:
-            result = node.outputs[0]
-            node.outputs.clear()
-            result.to_constant(node.attrs["value"]._values)
-        else:
-            nodes.append(node)
-    surgeon.nodes = nodes
+    """All constants of the outer scope."""
     found = {tensor.name: tensor for tensor in surgeon.tensors().values() if isinstance(tensor, gs.Constant)}
     for tensor in model.graph.initializer:
         found.setdefault(tensor.name, gs.Constant(tensor.name, LazyValues(tensor)))

@@ -25,7 +25,6 @@ EXIT_DEPTH = "river.exit_depth"
 _MASK = "attention_mask"
 _FLOAT32 = np.dtype(np.float32)
 _LAST_AXIS = "river/last_axis"
-_SPLIT_TELLS_OUTPUTS = 18
 
 
 def insert_exits(
@@ -110,11 +109,9 @@ def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: River
         axes = graph.add_weight("river/thresholds/axes", np.array([1, 2], np.int64))
         offsets = chain.add("Unsqueeze", [offsets, axes], _FLOAT32)
     every = chain.add("Add", [offsets, threshold], _FLOAT32)
-    # Before opset 18 the number of outputs alone says how to split.
-    count = {"num_outputs": layers} if graph.surgeon.opset >= _SPLIT_TELLS_OUTPUTS else {}
     shape = [1, *(threshold.shape or ())]
     parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32, shape) for index in range(layers)]
-    graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, **count}, [every], parts))
+    graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, "num_outputs": layers}, [every], parts))
     return parts
 
 

@@ -55,7 +55,10 @@ class Linear:
 
 
 def find_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node], layer: str) -> list[Linear]:
-    """The linear layers among ``nodes``, in order. ``layer`` names the decoder layer where a node has no scope."""
+    """The linear layers among ``nodes``, in order. ``layer`` names the decoder layer where a node has no scope.
+
+    A weight that a run may replace makes none.
+    """
     found: list[Linear] = []
     for node in nodes:
         linear = _as_linear(graph, uses, node, f"{layer}.linear.{len(found)}")
@@ -68,7 +71,12 @@ def _as_linear(graph: OnnxGraph, uses: Uses, node: gs.Node, fallback: str) -> Li
     if node.domain not in (None, "", "ai.onnx") or node.op not in ("MatMul", "Gemm"):
         return None
     root, transposed = _constant_root(uses, node.inputs[1])
-    if root is None or len(root.shape) != 2 or str(root.dtype) not in _FLOATS | {"16"}:
+    if (
+        root is None
+        or root.name in graph.replaceable
+        or len(root.shape) != 2
+        or str(root.dtype) not in _FLOATS | {"16"}
+    ):
         return None
     bias = None
     if node.op == "Gemm":

@@ -14,6 +14,7 @@ from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 __all__ = ["Segment", "Stream", "find_stream"]
 
 _SHAPE_ONLY = {"Shape", "Size"}
+_PRODUCTS = {"MatMul", "Gemm", "Einsum", "Conv"}
 
 # Operators that take a past and give a present: output index -> input index.
 _STATE_OPS = {
@@ -56,12 +57,41 @@ def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     """
     sink = _deepest_output(graph)
     ancestors = _ancestors(sink, uses)
-    streams = [_stream(graph, uses, *_chain(value.name, sink, ancestors, uses)) for value in graph.inputs]
+    sources = _sources(graph, ancestors)
+    streams = [_stream(graph, uses, *_chain(source, sink, ancestors, uses)) for source in sources]
     return max(
         streams,
         key=lambda stream: (sum(len(segment.caches) for segment in stream.segments), len(stream.segments)),
         default=Stream(()),
     )
+
+
+def _sources(graph: OnnxGraph, ancestors: set[int]) -> list[str]:
+    """The inputs that tokens may come in by: those on which the most products depend.
+
+    A weight that is an input (LoRA), a mask or a cache is no source: whatever product depends on it depends on the
+    tokens as well, and others do on the tokens alone.
+    """
+    reached: dict[str, int] = {}
+    for index, node in enumerate(reversed(graph.nodes)):
+        if id(node) in ancestors:
+            products = 1 << index if _multiplies(graph, node) else 0
+            for output in node.outputs:
+                products |= reached.get(output.name, 0)
+            for name in reads(node):
+                reached[name] = reached.get(name, 0) | products
+    found = {v.name: reached.get(v.name, 0) for v in graph.inputs if v.name not in graph.weights}
+    return [
+        name
+        for name, products in found.items()
+        if not any(products != others and products | others == others for others in found.values())
+    ]
+
+
+def _multiplies(graph: OnnxGraph, node: gs.Node) -> bool:
+    """Whether a node is a product, or reads a matrix of weights in another way (an embedding, a quantized product)."""
+    weights = (graph.weights[name] for name in reads(node) if name in graph.weights)
+    return node.op in _PRODUCTS or any(sum(size > 1 for size in weight.shape) > 1 for weight in weights)
 
 
 def _stream(graph: OnnxGraph, uses: Uses, cuts: list[str], nodes: list[gs.Node]) -> Stream:
@@ -133,7 +163,7 @@ def _caches_by_node(
     graph: OnnxGraph, uses: Uses, cuts: set[str], on_stream: set[int]
 ) -> dict[int, tuple[CacheSlot, ...]]:
     """For the id of a node on the stream, the cache slots whose new content it computes."""
-    pasts = {value.name: value for value in graph.inputs if _rank(value) >= 3}
+    pasts = {v.name: v for v in graph.inputs if _rank(v) >= 3 and v.name not in graph.weights}
     found: dict[int, list[CacheSlot]] = {}
     for value in graph.outputs:
         if _rank(value) < 3 or value.name in cuts:
@@ -147,25 +177,32 @@ def _caches_by_node(
 def _trace_cache(
     present: str, pasts: set[str], uses: Uses, cuts: set[str], on_stream: set[int]
 ) -> tuple[str | None, gs.Node | None]:
-    """The one past that a present output continues, and the last node on the stream that it comes from."""
-    reached: set[str] = set()
+    """The one past that a present output continues, and the last node on the stream that it comes from.
+
+    A cache is moved, masked or scaled; what only comes in by a product is none, but a weight (LoRA).
+    """
     home: gs.Node | None = None
-    seen: set[str] = set()
-    open_names = [present]
-    while open_names:
-        name = open_names.pop()
-        if name in seen or name in cuts:
-            continue
-        seen.add(name)
-        if name in pasts:
-            reached.add(name)
-        node = uses.producer.get(name)
-        if node is None or node.op in _SHAPE_ONLY:
-            continue
-        if id(node) in on_stream and (home is None or uses.position[id(node)] > uses.position[id(home)]):
-            home = node
-        open_names += _state_inputs(node, name)
-    return (next(iter(reached)), home) if len(reached) == 1 else (None, None)
+    for products in (True, False):
+        reached: set[str] = set()
+        seen: set[str] = set()
+        open_names = [present]
+        while open_names:
+            name = open_names.pop()
+            if name in seen or name in cuts:
+                continue
+            seen.add(name)
+            if name in pasts:
+                reached.add(name)
+            node = uses.producer.get(name)
+            if node is None or node.op in _SHAPE_ONLY:
+                continue
+            if id(node) in on_stream and (home is None or uses.position[id(node)] > uses.position[id(home)]):
+                home = node
+            if products or node.op not in _PRODUCTS:
+                open_names += _state_inputs(node, name)
+        if len(reached) == 1:
+            return reached.pop(), home
+    return None, None
 
 
 def _state_inputs(node: gs.Node, name: str) -> Iterable[str]:

@@ -34,9 +34,9 @@ def static_cache(graph: OnnxGraph, max_length: int, scatter: bool = False) -> in
         scatter: write by ``ScatterElements``, for a runtime that has no operator for a cache update. Whether the output
             may then have the address of the input is the runtime's affair.
 
-    Requires: a cache that is written by ``Concat`` of past and new along one axis.
+    Requires: a cache that is written by ``Concat`` of past and new along one axis; without ``scatter``, opset 24.
     Ensures: the same function while past + sequence <= max_length; every slot is written by one ``TensorScatter`` (or
-    ``ScatterElements``), whose output is the slot's; for TensorScatter the opset is 24 at least.
+    ``ScatterElements``), whose output is the slot's.
 
     Raises:
         InputError: the cache is written otherwise, or the signature does not tell how much of it is filled.
@@ -63,8 +63,6 @@ def static_cache(graph: OnnxGraph, max_length: int, scatter: bool = False) -> in
     read = {tensor.name for node in nodes for tensor in node.inputs}
     nodes += [filled.slice(slot.cache, filled.past, slot.axis, slot.old) for slot in slots if slot.old.name in read]
     graph.surgeon.nodes = toposorted([*filled.nodes, *nodes])
-    if not scatter:
-        _raise_opset(graph.surgeon)
     for value in [*graph.inputs, *graph.outputs]:
         for slot in slots:
             if value.name in (slot.past, slot.present):
@@ -72,13 +70,6 @@ def static_cache(graph: OnnxGraph, max_length: int, scatter: bool = False) -> in
                 value.type.tensor_type.shape.dim[slot.axis].dim_value = max_length
     graph.metadata[KV_CACHE] = "static"
     return len(slots)
-
-
-def _raise_opset(surgeon: gs.Graph) -> None:
-    surgeon.opset = max(surgeon.opset, OPSET)
-    for domain in surgeon.import_domains or ():
-        if domain.domain in ("", "ai.onnx"):
-            domain.version = surgeon.opset
 
 
 @dataclass

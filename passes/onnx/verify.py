@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from river_compile.errors import PassError
 from river_compile.passes.onnx.find_layers import Anatomy
+from river_compile.passes.onnx.fit_opset import opset_problems
 from river_compile.passes.onnx.flatten_tokens import ROWS_SUFFIX
 from river_compile.passes.onnx.graph import OnnxGraph, reads
 
@@ -38,7 +39,8 @@ def verify(graph: OnnxGraph, original: Original, anatomy: Anatomy, passes: Seque
     Ensures: names of nodes and tensors are unique in the whole model and every tensor is made before it is read; the
     signature is the original one, plus additions at its end; every KV cache slot is written exactly once on every path;
     with the backbone branch taken everywhere the nodes that run are the original ones, operand for operand: tensors in
-    rows count as themselves, and ``graph.restated`` names the nodes that were written otherwise.
+    rows count as themselves, and ``graph.restated`` names the nodes that were written otherwise; every operator is in
+    the graph's opset, or was not when it came.
 
     Args:
         passes: the names of the passes that ran so far, the last one last.
@@ -51,6 +53,7 @@ def verify(graph: OnnxGraph, original: Original, anatomy: Anatomy, passes: Seque
         or _signature_problem(graph, original)
         or _cache_problem(graph, anatomy)
         or _backbone_problem(graph, original)
+        or next(iter(opset_problems(graph)), "")
     )
     if problem:
         raise PassError(tuple(passes), problem)

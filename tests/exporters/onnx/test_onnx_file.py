@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError, RiverError
 from river_compile.exporters.onnx import onnx_file
+from river_compile.exporters.onnx.probe import Probe
 from tests.contrib_model import ContribDecoder
-from tests.oracle import Player, session
+from tests.oracle import Player, assert_close, session
 
 Exported = Callable[[str], Path]
 
@@ -29,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def external(tmp_path: Path) -> Path:
     path = ContribDecoder().save(tmp_path / "model.onnx")
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
     return path
 
 
@@ -87,6 +90,140 @@ def test_external_data_through_a_link_out_of_the_folder(
     (external.parent / "weights.bin").rename(elsewhere)
     (external.parent / "weights.bin").symlink_to(elsewhere)
     _refused(external, "lies outside the model's folder")
+
+
+_BLOBS, _SNAPSHOT = "blobs", "snapshots/abc"
+
+
+def _hub(external: Path, root: Path, data: str = "blobs/bb", model: str = "blobs/aa", under: str = "") -> Path:
+    """The model as a hub's cache lays it out: a folder of links to files that are called by their hashes."""
+    files = {"model.onnx": root / model, "weights.bin": root / data}
+    folder = root / _SNAPSHOT / under
+    folder.mkdir(parents=True)
+    for name, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(external.parent / name, file)
+        (folder / name).symlink_to(os.path.relpath(file, folder))
+    return folder / "model.onnx"
+
+
+@pytest.mark.parametrize("layout", ({}, {"under": "onnx"}, {"data": "blobs/more/bb"}))
+def test_a_folder_of_links_as_a_hub_makes_it(external: Path, tmp_path: Path, layout: dict[str, str]) -> None:
+    path = _hub(external, tmp_path / "hub", **layout)
+    report = export(path)
+    assert report.river_layers == 3 and report.output == str(path.parent / "model.river.onnx")
+    session(path.parent / "model.river.onnx")
+    ids = np.array([[3, 4, 5]])
+    probe = Probe(onnx_file.load(path), path.parent, ["logits"])
+    np.testing.assert_array_equal(probe.read(ids[0])["logits"], Player(session(external), 1).step(ids)["logits"])
+
+
+def test_links_within_the_folder_and_a_link_to_the_model_alone(external: Path, tmp_path: Path) -> None:
+    inside = external.parent / "sub"
+    inside.mkdir()
+    (external.parent / "weights.bin").rename(inside / "w")
+    (external.parent / "weights.bin").symlink_to("sub/w")
+    assert export(external, tmp_path / "inside.onnx").river_layers == 3
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    external.rename(elsewhere / "aa")
+    external.symlink_to(elsewhere / "aa")
+    assert export(external, tmp_path / "alone.onnx").river_layers == 3
+
+
+def test_a_link_to_weights_that_belong_to_another_folder(external: Path, tmp_path: Path) -> None:
+    path = _hub(external, tmp_path / "hub", data="secrets/bb")
+    _refused(path, "lies outside the model's folder: weights.bin")
+
+
+def _edit(external: Path, **entries: str | None) -> None:
+    """Set keys of the external data of a weight; None takes the key away, from all weights."""
+    proto = onnx.load(external, load_external_data=False)
+    wanted = next(t for t in proto.graph.initializer if t.name == "lm_head")
+    for tensor in proto.graph.initializer:
+        kept = {entry.key: entry.value for entry in tensor.external_data}
+        for key, value in entries.items():
+            if value is None:
+                kept.pop(key, None)
+            elif tensor.name == wanted.name:
+                kept[key] = value
+        del tensor.external_data[:]
+        for key, value in kept.items():
+            tensor.external_data.add(key=key, value=value)
+    external.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("external_data", (True, False))
+def test_the_length_of_external_data_may_be_left_out(external: Path, tmp_path: Path, external_data: bool) -> None:
+    config = RiverConfig(tau=2.0, external_data=external_data)
+    told = export(external, tmp_path / "told.onnx", config)
+    _edit(external, length=None)
+    assert export(external, tmp_path / "out.onnx", config).backbone_bytes == told.backbone_bytes
+    ids = np.array([[3, 4, 5]])
+    assert_close(Player(session(tmp_path / "out.onnx"), 1).step(ids), Player(session(external), 1).step(ids))
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"length": "-4"}, "the length of its external data is '-4', not a number"),
+        ({"length": "many"}, "the length of its external data is 'many', not a number"),
+        ({"length": "32772"}, "is 32772 bytes of external data, but its shape takes 32768"),
+        ({"length": "0"}, "is 0 bytes of external data, but its shape takes 32768"),
+        ({"offset": "-1"}, "the offset of its external data is '-1', not a number"),
+        ({"offset": "0x10"}, "the offset of its external data is '0x10', not a number"),
+        ({"offset": "1e3"}, "the offset of its external data is '1e3', not a number"),
+        ({"offset": "99999999999"}, "external data is truncated: weights.bin ends before weight 'lm_head' does"),
+        ({"location": ""}, "'lm_head' is external data without a location"),
+    ],
+)
+def test_external_data_told_wrongly(external: Path, entries: dict[str, str | None], problem: str) -> None:
+    _edit(external, **entries)
+    _refused(external, problem)
+
+
+def test_a_weight_that_is_not_as_long_as_its_shape(model: Path) -> None:
+    proto = onnx.load(model)
+    tensor = next(t for t in proto.graph.initializer if t.name == "lm_head")
+    tensor.raw_data = tensor.raw_data[:-4]
+    onnx.save(proto, model)
+    _refused(model, "weight 'lm_head' is 32764 bytes, but its shape takes 32768")
+    tensor.dims[0] = -1
+    onnx.save(proto, model)
+    _refused(model, "weight 'lm_head' has a negative size in its shape")
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def test_pointers_of_git_lfs_are_named(external: Path) -> None:
+    (external.parent / "weights.bin").write_bytes(_POINTER)
+    _refused(external, r"external data weights.bin is a Git LFS pointer, not the file itself; .*git lfs pull")
+    external.write_bytes(_POINTER)
+    _refused(external, r"model.onnx is a Git LFS pointer, not the file itself")
+
+
+def test_constants_of_a_branch_may_be_large_and_lie_outside(external: Path, tmp_path: Path) -> None:
+    """A model with branches of its own: their constants are moved into the model, since no weight of it is one."""
+    proto = onnx.load(external)
+    table = onnx.numpy_helper.from_array(np.zeros((128, 64), np.float32), "table")
+    node = next(n for n in proto.graph.node if n.name == "/model/embed/Gather")
+    flag = onnx.helper.make_node("Constant", [], ["flag"], value=onnx.numpy_helper.from_array(np.array(True), "flag"))
+    ways = []
+    for name in ("then", "else"):
+        value = onnx.helper.make_tensor_value_info(f"{name}/value", 1, [128, 64])
+        constant = onnx.helper.make_node("Constant", [], [value.name], f"{name}/table", value=table)
+        ways.append(onnx.helper.make_graph([constant], name, [], [value]))
+    choice = onnx.helper.make_node("If", ["flag"], ["more"], "own/If", then_branch=ways[0], else_branch=ways[1])
+    total = onnx.helper.make_node("Add", ["more", node.input[0]], ["embedded"], "own/Add")
+    node.input[0] = "embedded"
+    for extra in (total, choice, flag):
+        proto.graph.node.insert(0, extra)
+    path = tmp_path / "branches.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="b.data", size_threshold=1024, convert_attribute=True)
+    export(path, tmp_path / "out" / "out.onnx", RiverConfig(tau=2.0, external_data=True))
+    ids = np.array([[3, 4, 5]])
+    assert_close(Player(session(tmp_path / "out" / "out.onnx"), 1).step(ids), Player(session(path), 1).step(ids))
 
 
 def test_already_a_river_model(model: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.onnx import onnx_file
 from river_compile.passes.onnx.find_layers import find_layers
-from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
+from river_compile.passes.onnx.graph import OnnxGraph, import_model
 from river_compile.passes.onnx.static_cache import KV_CACHE, static_cache
 from tests.families import LAYERS
 
@@ -43,8 +43,7 @@ def test_each_slot_is_written_by_one_update_between_input_and_output(graph: Onnx
         for layer in range(LAYERS)
         for kind in ("key", "value")
     }
-    versions = {entry.domain: entry.version for entry in export_model(graph).opset_import}
-    assert versions[""] == 24 and graph.metadata[KV_CACHE] == "static"
+    assert graph.metadata[KV_CACHE] == "static"
 
 
 def test_a_scatter_does_it_without_the_newest_operators(graph: OnnxGraph) -> None:
