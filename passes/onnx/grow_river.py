@@ -25,26 +25,27 @@ __all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river
 class LinearLowering(Protocol):
     """How a destination writes a product with a quantized weight."""
 
-    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
-        """Put the weight into the graph's outer scope, its scales in the float type of ``like``."""
+    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, scales: np.dtype) -> Sequence[gs.Constant]:
+        """Put the weight into the graph's outer scope, its scales in the type ``scales``."""
         ...
 
     def product(
         self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
     ) -> Sequence[gs.Node]:
-        """The nodes that compute ``output = activation @ weight (+ bias)``; their names, and those of all that they
-        make in between, start with the name of ``output``."""
+        """The nodes that compute ``output = activation @ weight (+ bias)`` in the type of the weight's scales; their
+        names, and those of all that they make in between, start with the name of ``output``."""
         ...
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """Width of activation and result, and the grid of the weight between them."""
+    """Width and float type of activation and result, and the grid of the weight between them."""
 
     inputs: int
     outputs: int
     bits: int
     group_size: int
+    dtype: np.dtype
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RiverLinear:
     head counts as one layer more than there are.
 
     ``bits`` is None where it stays in the backbone's float type, as asked for, or for a reason that ``note`` gives.
-    ``source`` is the backbone's linear layer.
+    ``source`` is the backbone's linear layer, ``computes`` the float type that the river's has inside.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RiverLinear:
     nbytes: int
     note: str
     source: Linear
+    computes: np.dtype
 
 
 @dataclass
@@ -245,14 +247,17 @@ def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
 def _plan(linear: Linear, layer: int, config: RiverConfig, bits: int | None) -> RiverLinear:
     group_size = fitting_group(linear.inputs, config.group_size)
     if bits is None:
-        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, "", linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, "", linear, linear.dtype)
     if group_size is None:
         note = f"{linear.inputs} inputs are divided by no group size; the weight stays as it is"
-        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear, linear.dtype)
+    # A CPU that quantizes activations does so from float32; it has no bfloat16 in the first place.
+    wide = config.activations == "int8" and linear.dtype == np.float16
+    computes = np.dtype(np.float32) if wide else linear.dtype
     groups = linear.inputs // group_size * linear.outputs
-    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * linear.float_bits // 8
+    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * computes.itemsize
     note = "" if group_size == config.group_size else f"group size {group_size}, as {config.group_size} does not divide"
-    return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear)
+    return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear, computes)
 
 
 def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
@@ -267,7 +272,7 @@ def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
             linear.source.node.inputs[0].name,
             linear.bits,
             linear.group_size,
-            str(linear.source.weight.dtype),
+            str(linear.source.dtype),
             alone,
         )
         groups.setdefault(key, []).append(linear)
@@ -288,15 +293,18 @@ def _grow(
     sources = [linear.source for linear in together]
     weights = [f"{source.weight.name}{'.T' if source.transposed else ''}" for source in sources]
     name = f"river/{'+'.join(weights)}.q{bits}g{group_size}"
+    computes, dtype = together[0].computes, sources[0].dtype
+    if name in grown and grown[name][1].dtype != computes:
+        name += f".{computes}"
     if name not in grown:
         parts = [quantize(source, source.matrix(graph), bits, group_size, quantizer, moments) for source in sources]
-        grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), sources[0].weight)
-    shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size)
+        grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), computes)
+    shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size, dtype)
     first = sources[0].node
-    results = [gs.Variable(source.node.outputs[0].name, source.node.outputs[0].dtype) for source in sources]
+    results = [gs.Variable(source.node.outputs[0].name, dtype) for source in sources]
     if len(sources) == 1:
         return lowering.product(first.inputs[0].name, grown[name], shape, sources[0].bias, results[0])
-    joined = gs.Variable(f"{first.name}/joined", results[0].dtype)
+    joined = gs.Variable(f"{first.name}/joined", dtype)
     product = lowering.product(first.inputs[0].name, grown[name], shape, None, joined)
     widths = [source.outputs for source in sources]
     sizes = "river/split." + "+".join(map(str, widths))

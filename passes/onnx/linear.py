@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from river_compile.passes.onnx.graph import OnnxGraph, Uses
 
-__all__ = ["QUANTIZED_OPS", "Linear", "find_linears"]
+__all__ = ["QUANTIZED_OPS", "Linear", "find_linears", "float_type"]
 
 QUANTIZED_OPS = {"MatMulNBits", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulBnb4"}
 
@@ -26,6 +28,7 @@ class Linear:
         name: the qualified name of the module it comes from, or one made of its place.
         weight: the constant at the root of W.
         transposed: whether the constant is W's transpose, [outputs, inputs].
+        dtype: the float type of x, W and y; the constant's, unless casts lie between.
         bias: the name of the bias operand (Gemm only).
     """
 
@@ -33,6 +36,7 @@ class Linear:
     name: str
     weight: gs.Constant
     transposed: bool
+    dtype: np.dtype
     bias: str | None = None
 
     @property
@@ -46,7 +50,7 @@ class Linear:
     @property
     def float_bits(self) -> int:
         """Bits of a weight as it is."""
-        return 32 if str(self.weight.dtype) == "float32" else 16
+        return float_type(self.weight.dtype).itemsize * 8
 
     def matrix(self, graph: OnnxGraph) -> np.ndarray:
         """W, float32 [inputs, outputs], read from the file now and not kept."""
@@ -67,8 +71,8 @@ def find_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node], layer: 
 def _as_linear(graph: OnnxGraph, uses: Uses, node: gs.Node, fallback: str) -> Linear | None:
     if node.domain not in (None, "", "ai.onnx") or node.op not in ("MatMul", "Gemm"):
         return None
-    root, transposed = _constant_root(uses, node.inputs[1])
-    if root is None or len(root.shape) != 2 or str(root.dtype) not in _FLOATS | {"16"}:
+    root, transposed, dtype = _constant_root(uses, node.inputs[1])
+    if root is None or dtype is None or len(root.shape) != 2 or {str(float_type(root.dtype)), str(dtype)} - _FLOATS:
         return None
     bias = None
     if node.op == "Gemm":
@@ -76,20 +80,28 @@ def _as_linear(graph: OnnxGraph, uses: Uses, node: gs.Node, fallback: str) -> Li
             return None
         transposed ^= bool(node.attrs.get("transB", 0))
         bias = node.inputs[2].name if len(node.inputs) > 2 and node.inputs[2].name else None
-    return Linear(node, _name(graph, node) or fallback, root, transposed, bias)
+    return Linear(node, _name(graph, node) or fallback, root, transposed, dtype, bias)
 
 
-def _constant_root(uses: Uses, tensor: gs.Tensor) -> tuple[gs.Constant | None, bool]:
-    """The constant that a tensor is, seen through transposes, casts and identities; whether it is transposed."""
-    transposed = False
+def float_type(dtype: Any) -> np.dtype:
+    """A type as numpy has it, bfloat16 included, which onnx-graphsurgeon gives as ONNX's number."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+
+
+def _constant_root(uses: Uses, tensor: gs.Tensor) -> tuple[gs.Constant | None, bool, np.dtype | None]:
+    """The constant that a tensor is, seen through transposes, casts and identities; whether it is transposed; the type
+    that the last of the casts leaves."""
+    transposed, dtype = False, None
     while not isinstance(tensor, gs.Constant):
         node = uses.producer.get(tensor.name)
         if node is None or node.op not in ("Transpose", "Cast", "Identity"):
-            return None, False
+            return None, False, None
         if node.op == "Transpose":
             transposed = not transposed
+        if node.op == "Cast" and dtype is None:
+            dtype = float_type(node.attrs["to"])
         tensor = node.inputs[0]
-    return tensor, transposed
+    return tensor, transposed, dtype or float_type(tensor.dtype)
 
 
 def _name(graph: OnnxGraph, node: gs.Node) -> str:
