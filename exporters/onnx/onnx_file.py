@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from river_compile.errors import InputError, RiverError
+from river_compile.exporters.onnx.file_problems import kind_of_file, missing_weights
 
 __all__ = [
     "CALIBRATION",
@@ -49,23 +50,27 @@ def load(path: Path) -> onnx.ModelProto:
     """Read a model without its external data, local functions inlined.
 
     Raises:
-        InputError: not a file, not ONNX, truncated, already a river model; external data missing, too short, or outside
-            the model's folder.
+        InputError: not a file, not ONNX, truncated, already a river model, without weights; external data missing, too
+            short, or outside the model's folder.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not an ONNX model, or truncated ({_one_line(error)})") from error
+        why = kind_of_file(path) or _one_line(error)
+        raise InputError(f"{path}: not an ONNX model, or truncated ({why})") from error
     if not model.graph.node or not model.opset_import:
-        raise InputError(f"{path}: not an ONNX model, or truncated (it has no graph)")
+        why = kind_of_file(path) or "it has no graph"
+        raise InputError(f"{path}: not an ONNX model, or truncated ({why})")
     if any(prop.key == RIVER_CONFIG for prop in model.metadata_props):
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _all_tensors(model.graph):
         _check_external(tensor, path)
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
+    if why := missing_weights(model):
+        raise InputError(f"{path}: {why}")
     return model
 
 
