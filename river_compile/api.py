@@ -143,6 +143,7 @@ def export(
     from river_compile.exporters.onnx.moments import Moments
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
+    from river_compile.passes.onnx.widen_products import widen_products
     from river_compile.passes.quantizer import ActivationAware
 
     config = config or RiverConfig()
@@ -172,6 +173,7 @@ def export(
             MatMulNBits(config.activations),
             lambda done, total: progress("quantize", done, total),
             moments,
+            prepare=(widen_products,),
         )
         if config.calibration is not None:
             _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))

@@ -13,13 +13,16 @@ import onnx_graphsurgeon as gs
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import LayersNotFound
+from river_compile.passes.onnx.explain_refusal import explain_no_linears
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
-from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
+from river_compile.passes.onnx.linear import Linear, find_linears, float_type, quantized_by
 from river_compile.passes.onnx.twin import Twin, clone, outer
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer, fitting_group
 
 __all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river", "quantize"]
+
+_WORTH_A_TWIN = 4
 
 
 class LinearLowering(Protocol):
@@ -80,6 +83,7 @@ class River:
         kept: by layer index, why a layer has no twin.
         unused: patterns of the config's ``bits_for`` that match no linear layer.
         partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
+        mixed: layers some of whose linear layers are quantized already, by the operators that do it.
     """
 
     twins: dict[int, Twin] = field(default_factory=dict)
@@ -88,6 +92,7 @@ class River:
     head_twin: tuple[list[gs.Node], list[gs.Node]] | None = None
     kept: dict[int, str] = field(default_factory=dict)
     partial: list[int] = field(default_factory=list)
+    mixed: dict[str, list[int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
     @property
@@ -125,6 +130,8 @@ class River:
         if self.partial:
             why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
             lines.append(f"{why}: layers {_ranges(self.partial)}")
+        for found, layers in self.mixed.items():
+            lines.append(f"already quantized in part ({found}), which stays as it is: layers {_ranges(layers)}")
         lines += [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
         remarks: dict[str, list[str]] = {}
         for linear in self.linears:
@@ -193,17 +200,21 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
     for layer in anatomy.layers:
         nodes = [by_name[name] for name in layer.nodes]
         linears = find_linears(graph, uses, nodes, f"layers.{layer.index}")
-        why = "asked for" if layer.index in kept else _why_not(nodes, linears)
-        if why:
-            river.kept[layer.index] = why
+        if layer.index in kept:
+            river.kept[layer.index] = "asked for"
+        elif not linears or _is_quantized(found := quantized_by(uses, nodes), linears):
+            river.kept[layer.index] = explain_no_linears(graph, uses, nodes)
         else:
+            if found:
+                river.mixed.setdefault(", ".join(sorted(found)), []).append(layer.index)
             for linear in linears:
                 bits = config.bits_of(*_names(linear, layer.index))
                 river.linears.append(_plan(linear, layer.index, config, bits))
             if _elements(graph, layer.weights) > 2 * sum(linear.inputs * linear.outputs for linear in linears):
                 river.partial.append(layer.index)
     if not river.linears and len(kept) < len(anatomy.layers):
-        raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
+        why = next(why for index, why in river.kept.items() if index not in kept)
+        raise LayersNotFound(f"no decoder layer can be given a river twin: {why}")
     names = {name for linear in river.linears for name in _names(linear.source, linear.layer)}
     for pattern, _ in config.bits_for:
         if not fnmatch.filter(names, pattern):
@@ -233,15 +244,16 @@ def _find_head(graph: OnnxGraph, uses: Uses, anatomy: Anatomy) -> Linear | None:
     return max(linears, key=lambda linear: linear.inputs * linear.outputs, default=None)
 
 
+def _is_quantized(found: Mapping[str, int], linears: Sequence[Linear]) -> bool:
+    """Whether so little of a layer's weights is float that a twin would save no time worth having."""
+    floats = sum(linear.inputs * linear.outputs * linear.float_bits // 8 for linear in linears)
+    return floats * _WORTH_A_TWIN < sum(found.values())
+
+
 def _elements(graph: OnnxGraph, weights: Sequence[str]) -> int:
-    return sum(math.prod(graph.weights[name].shape) for name in weights)
-
-
-def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
-    """Why a layer gets no twin; empty if it gets one."""
-    if any(node.op in QUANTIZED_OPS for node in nodes):
-        return "already quantized"
-    return "" if linears else "it has no linear layer with a constant float weight"
+    """How many floats the weights hold."""
+    found = [graph.weights[name] for name in weights]
+    return sum(math.prod(weight.shape) for weight in found if "float" in str(float_type(weight.dtype)))
 
 
 def _plan(linear: Linear, layer: int, config: RiverConfig, bits: int | None) -> RiverLinear:
