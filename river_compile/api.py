@@ -186,6 +186,7 @@ def export(
     from river_compile.exporters.onnx.moments import Moments
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
+    from river_compile.passes.onnx.widen_products import widen_products
     from river_compile.passes.quantizer import ActivationAware
 
     config = config or RiverConfig()
@@ -219,6 +220,7 @@ def export(
             MatMulNBits(config.activations),
             lambda done, total: progress("quantize", done, total),
             moments,
+            prepare=(widen_products,),
         )
         steps.seconds |= result.seconds
         if config.calibration is not None:

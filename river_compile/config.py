@@ -51,7 +51,8 @@ class RiverConfig:
         group_size: input channels that share one scale and zero point.
         activations: what a river product computes with on a CPU: "int8" quantizes activations on the fly, a small loss
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
-            W4A16), and slow with 8-bit weights. A GPU computes in the model's type either way.
+            W4A16), and slow with 8-bit weights. A GPU quantizes no activations: give it "float", since "int8" has a
+            float16 model's products compute in float32. A bfloat16 model computes in bfloat16 either way.
         quantizer: the name of the algorithm that chooses scales and zero points.
         kv_policy: what becomes of the K and V of skipped layers: "share", the river; the others (propagate, mask,
             recompute, monotone) exist in `river_compile.reference` alone, to be compared with.

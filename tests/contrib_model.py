@@ -22,7 +22,8 @@ class ContribDecoder:
     Fields:
         form: how linear layers are written: "matmul", "matmul_bias" (MatMul and Add), "gemm" (transposed weights and
             bias, on flattened activations).
-        quantized: layers whose linear layers are MatMulNBits already.
+        quantized: layers whose linear layers are MatMulNBits already; those of the module ``quantized_part`` only, if
+            given. ``accuracy`` is their accuracy level.
         skip_norm: fused residual adds and norms, which belong to two layers at once.
     """
 
@@ -33,6 +34,8 @@ class ContribDecoder:
     ffn: int = 128
     form: str = "matmul"
     quantized: tuple[int, ...] = ()
+    quantized_part: str = ""
+    accuracy: int = 0
     skip_norm: bool = True
     dtype: Any = np.float32
     seed: int = 0
@@ -124,7 +127,7 @@ class ContribDecoder:
         return self._op("SimplifiedLayerNormalization", [total, gamma], name, axis=-1, epsilon=1e-5), total
 
     def _linear(self, scope: str, activation: str, inputs: int, outputs: int) -> str:
-        if any(f"layers.{index}/" in scope for index in self.quantized):
+        if any(f"layers.{index}/{self.quantized_part}" in scope for index in self.quantized):
             return self._nbits(scope, activation, inputs, outputs)
         if self.form == "gemm":
             return self._gemm(scope, activation, inputs, outputs)
@@ -150,7 +153,7 @@ class ContribDecoder:
             self._constant(f"{scope}/values", values),
             self._constant(f"{scope}/scales", np.full((outputs, inputs // 32), 0.02, self.dtype)),
         ]
-        shape = {"K": inputs, "N": outputs, "bits": 4, "block_size": 32}
+        shape = {"K": inputs, "N": outputs, "bits": 4, "block_size": 32, "accuracy_level": self.accuracy}
         return self._op("MatMulNBits", operands, f"{scope}/MatMulNBits", None, _CONTRIB, **shape)
 
     def _weight(self, name: str, rows: int, columns: int, scale: float | None = None) -> str:

@@ -58,7 +58,7 @@ def _river_weights(model: onnx.ModelProto) -> dict[int, dict[str, np.ndarray]]:
         layer = int(branch.name.rpartition(".")[2])
         river = next(a.g for a in branch.attribute if a.name == "then_branch")
         for node in river.node:
-            if node.op_type == "MatMulNBits":
+            if node.op_type == "MatMulNBits" and node.input[1].startswith("river/"):
                 found.setdefault(layer, {}).update(dequantize(node, initializers))
     return found
 

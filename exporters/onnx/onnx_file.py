@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx.external_data_helper import uses_external_data
 
 from river_compile.errors import InputError, RiverError
+from river_compile.exporters.onnx.file_problems import kind_of_file, missing_weights
 from river_compile.exporters.onnx.normal_form import normal_form
 from river_compile.passes.onnx.external_data import chunks, place_of, tensor_bytes
 
@@ -48,8 +49,8 @@ def load(path: Path) -> onnx.ModelProto:
     """Read a model without its external data, in its `normal_form`.
 
     Raises:
-        InputError: not a file, not ONNX, truncated, a Git LFS pointer, already a river model; a weight that is not as
-            long as its shape takes; external data missing, too short, or outside the model's folder.
+        InputError: not a file, not ONNX, truncated, a Git LFS pointer, already a river model, without weights; a weight
+            that is not as long as its shape takes; external data missing, too short, or outside the model's folder.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -57,14 +58,19 @@ def load(path: Path) -> onnx.ModelProto:
         _refuse_pointer(path, str(path))
         model = onnx.load(str(path), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: not an ONNX model, or truncated ({_one_line(error)})") from error
+        why = kind_of_file(path) or _one_line(error)
+        raise InputError(f"{path}: not an ONNX model, or truncated ({why})") from error
     if not model.graph.node or not model.opset_import:
-        raise InputError(f"{path}: not an ONNX model, or truncated (it has no graph)")
+        why = kind_of_file(path) or "it has no graph"
+        raise InputError(f"{path}: not an ONNX model, or truncated ({why})")
     if any(prop.key == RIVER_CONFIG for prop in model.metadata_props):
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _tensors(model):
         _check_weight(tensor, path)
-    return normal_form(model, path)
+    model = normal_form(model, path)
+    if why := missing_weights(model):
+        raise InputError(f"{path}: {why}")
+    return model
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from river_compile.passes.onnx.graph import OnnxGraph
@@ -12,7 +13,7 @@ from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "float_type", "pack"]
+__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "pack"]
 
 DOMAIN = "com.microsoft"
 
@@ -22,48 +23,58 @@ INT8_ACCURACY = 4
 class MatMulNBits:
     """The river's linear layers as ``com.microsoft::MatMulNBits``.
 
+    With int8 activations a float16 model's product is cast to float32 and back. ONNX Runtime's CPU would widen such a
+    product itself where it lies between operators without float16 kernels, by a cast of the scales too, and int8
+    kernels read scales that are constant only: within an ``If``, where nothing folds that cast, zeros come out. The
+    casts here are right for every execution provider; a GPU is faster with "float" activations.
+
     Args:
         activations: see `RiverConfig.activations`.
     """
 
     def __init__(self, activations: str) -> None:
-        self._accuracy = {"accuracy_level": INT8_ACCURACY} if activations == "int8" else {}
+        self._int8 = activations == "int8"
 
-    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
+    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, scales: np.dtype) -> Sequence[gs.Constant]:
         return (
             graph.add_weight(f"{name}.values", pack(weight.values, weight.bits)),
-            graph.add_weight(f"{name}.scales", weight.scales.astype(float_type(like))),
+            graph.add_weight(f"{name}.scales", weight.scales.astype(scales)),
             graph.add_weight(f"{name}.zero_points", pack(weight.zero_points, weight.bits)),
         )
 
     def product(
         self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
     ) -> Sequence[gs.Node]:
+        computes = weight[1].dtype
+        before: list[gs.Node] = []
+        after: list[gs.Node] = []
+        result = output
+        if computes != shape.dtype:
+            before.append(_cast(activation, gs.Variable(f"{output.name}/activation", computes)))
+            activation = before[0].outputs[0].name
+            if bias:
+                before.append(_cast(bias, gs.Variable(f"{output.name}/bias", computes)))
+                bias = before[1].outputs[0].name
+            result = gs.Variable(f"{output.name}/product", computes)
+            after.append(_cast(result.name, output))
         # g_idx, the operand before the bias, is not used.
         operands = [activation, *(constant.name for constant in weight), *(["", bias] if bias else [])]
+        accuracy = {"accuracy_level": INT8_ACCURACY} if self._int8 and computes == np.float32 else {}
         node = gs.Node(
             "MatMulNBits",
             name=f"{output.name}/MatMulNBits",
             domain=DOMAIN,
-            attrs={
-                "K": shape.inputs,
-                "N": shape.outputs,
-                "bits": shape.bits,
-                "block_size": shape.group_size,
-                **self._accuracy,
-            },
+            attrs={"K": shape.inputs, "N": shape.outputs, "bits": shape.bits, "block_size": shape.group_size}
+            | accuracy,
             inputs=[outer(name) for name in operands],
-            outputs=[output],
+            outputs=[result],
         )
-        return [node]
+        return [*before, node, *after]
 
 
-def float_type(constant: gs.Constant) -> np.dtype:
-    """The float type of a weight, bfloat16 included, which onnx-graphsurgeon gives as a number."""
-    import onnx
-
-    dtype = constant.dtype
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
+def _cast(source: str, result: gs.Variable) -> gs.Node:
+    to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(result.dtype))
+    return gs.Node("Cast", f"{result.name}/Cast", attrs={"to": to}, inputs=[outer(source)], outputs=[result])
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:

@@ -13,11 +13,11 @@ from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.onnx import onnx_file
 from river_compile.exporters.onnx.moments import Moments
-from river_compile.exporters.onnx.onnxruntime import float_type
 from river_compile.exporters.onnx.probe import Probe
 from river_compile.exporters.onnx.rewrite import dissect
 from river_compile.exporters.quantizers import quantizer
 from river_compile.passes.onnx.grow_river import RiverLinear, plan_river, quantize
+from river_compile.passes.onnx.linear import float_type
 from river_compile.passes.quantizer import ActivationAware
 
 __all__ = ["SwappableLinear", "SwappableModel"]
@@ -88,7 +88,7 @@ class SwappableModel:
         weight = quantize(source, source.matrix(self._graph), bits, group_size, self._quantizer, self._moments)
         values = weight.dequantize()
         values = np.ascontiguousarray(values.T if source.transposed else values)
-        found = {linear.weight: values.astype(float_type(source.weight))}
+        found = {linear.weight: values.astype(float_type(source.weight.dtype))}
         if self._quantized is not None:
             self._quantized[linear.name, bits] = found
         return found

@@ -9,7 +9,6 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from river_compile.errors import ConfigError
-from river_compile.exporters.onnx.onnxruntime import float_type
 from river_compile.passes.onnx.graph import OnnxGraph
 from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
@@ -29,8 +28,8 @@ class DequantizedMatMul:
     TensorRT fuses the two into one weight-only quantized product. It has no zero points.
     """
 
-    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
-        """Values in the integer type of their bits, scales in the float type of ``like`` [groups, outputs].
+    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, scales: np.dtype) -> Sequence[gs.Constant]:
+        """Values in the integer type of their bits, scales [groups, outputs].
 
         Raises:
             ConfigError: the quantizer's grid is not symmetric.
@@ -43,7 +42,7 @@ class DequantizedMatMul:
         centred = (weight.values.astype(np.int16) - zero).reshape(weight.values.shape[0], -1)
         return (
             graph.add_weight(f"{name}.values", np.ascontiguousarray(centred.T).astype(_INTEGERS[weight.bits])),
-            graph.add_weight(f"{name}.scales", np.ascontiguousarray(weight.scales.T).astype(float_type(like))),
+            graph.add_weight(f"{name}.scales", np.ascontiguousarray(weight.scales.T).astype(scales)),
         )
 
     def product(

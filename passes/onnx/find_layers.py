@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from river_compile.errors import LayersNotFound
 from river_compile.passes.anatomy import Anatomy, CacheSlot, Layer
+from river_compile.passes.onnx.explain_refusal import explain_no_layers
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 from river_compile.passes.onnx.residual_stream import Segment, Stream, find_stream
 from river_compile.passes.onnx.signature import signature
@@ -36,7 +37,7 @@ def find_layers(graph: OnnxGraph) -> Anatomy:
     uses = Uses(graph.nodes)
     stream = find_stream(graph, uses)
     if not stream.cache_segments:
-        raise LayersNotFound("the model has no KV cache in its signature: no output continues one of its inputs")
+        raise LayersNotFound(explain_no_layers(graph, ()))
     finders: dict[str, Callable[[gs.Node], Iterable[str]]] = {
         "metadata": lambda node: graph.scopes.get(id(node), ()),
         "names": lambda node: filter(None, [graph.file_names.get(id(node))]),
@@ -47,7 +48,8 @@ def find_layers(graph: OnnxGraph) -> Anatomy:
             return Anatomy(_layers(graph, uses, stream, bounds), how)
     bounds = _bounds_by_structure(graph, stream)
     if len(bounds) < 3:
-        raise LayersNotFound("the model has no chain of repeated decoder layers along a residual stream")
+        caches = [slot for segment in stream.segments for slot in segment.caches]
+        raise LayersNotFound(explain_no_layers(graph, caches))
     return Anatomy(_layers(graph, uses, stream, bounds), "structure")
 
 

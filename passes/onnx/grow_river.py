@@ -13,38 +13,42 @@ import onnx_graphsurgeon as gs
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import LayersNotFound
+from river_compile.passes.onnx.explain_refusal import explain_no_linears
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
-from river_compile.passes.onnx.linear import QUANTIZED_OPS, Linear, find_linears
+from river_compile.passes.onnx.linear import Linear, find_linears, float_type, quantized_by
 from river_compile.passes.onnx.twin import Twin, clone, outer
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer, fitting_group
 
 __all__ = ["LinearLowering", "ProductShape", "River", "RiverLinear", "grow_river", "plan_river", "quantize"]
 
+_WORTH_A_TWIN = 4
+
 
 class LinearLowering(Protocol):
     """How a destination writes a product with a quantized weight."""
 
-    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
-        """Put the weight into the graph's outer scope, its scales in the float type of ``like``."""
+    def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, scales: np.dtype) -> Sequence[gs.Constant]:
+        """Put the weight into the graph's outer scope, its scales in the type ``scales``."""
         ...
 
     def product(
         self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
     ) -> Sequence[gs.Node]:
-        """The nodes that compute ``output = activation @ weight (+ bias)``; their names, and those of all that they
-        make in between, start with the name of ``output``."""
+        """The nodes that compute ``output = activation @ weight (+ bias)`` in the type of the weight's scales; their
+        names, and those of all that they make in between, start with the name of ``output``."""
         ...
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """Width of activation and result, and the grid of the weight between them."""
+    """Width and float type of activation and result, and the grid of the weight between them."""
 
     inputs: int
     outputs: int
     bits: int
     group_size: int
+    dtype: np.dtype
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class RiverLinear:
     head counts as one layer more than there are.
 
     ``bits`` is None where it stays in the backbone's float type, as asked for, or for a reason that ``note`` gives.
-    ``source`` is the backbone's linear layer.
+    ``source`` is the backbone's linear layer, ``computes`` the float type that the river's has inside.
     """
 
     name: str
@@ -64,6 +68,7 @@ class RiverLinear:
     nbytes: int
     note: str
     source: Linear
+    computes: np.dtype
 
 
 @dataclass
@@ -78,6 +83,7 @@ class River:
         kept: by layer index, why a layer has no twin.
         unused: patterns of the config's ``bits_for`` that match no linear layer.
         partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
+        mixed: layers some of whose linear layers are quantized already, by the operators that do it.
     """
 
     twins: dict[int, Twin] = field(default_factory=dict)
@@ -86,6 +92,7 @@ class River:
     head_twin: tuple[list[gs.Node], list[gs.Node]] | None = None
     kept: dict[int, str] = field(default_factory=dict)
     partial: list[int] = field(default_factory=list)
+    mixed: dict[str, list[int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
     @property
@@ -123,6 +130,8 @@ class River:
         if self.partial:
             why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
             lines.append(f"{why}: layers {_ranges(self.partial)}")
+        for found, layers in self.mixed.items():
+            lines.append(f"already quantized in part ({found}), which stays as it is: layers {_ranges(layers)}")
         lines += [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
         remarks: dict[str, list[str]] = {}
         for linear in self.linears:
@@ -191,17 +200,21 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
     for layer in anatomy.layers:
         nodes = [by_name[name] for name in layer.nodes]
         linears = find_linears(graph, uses, nodes, f"layers.{layer.index}")
-        why = "asked for" if layer.index in kept else _why_not(nodes, linears)
-        if why:
-            river.kept[layer.index] = why
+        if layer.index in kept:
+            river.kept[layer.index] = "asked for"
+        elif not linears or _is_quantized(found := quantized_by(uses, nodes), linears):
+            river.kept[layer.index] = explain_no_linears(graph, uses, nodes)
         else:
+            if found:
+                river.mixed.setdefault(", ".join(sorted(found)), []).append(layer.index)
             for linear in linears:
                 bits = config.bits_of(*_names(linear, layer.index))
                 river.linears.append(_plan(linear, layer.index, config, bits))
             if _elements(graph, layer.weights) > 2 * sum(linear.inputs * linear.outputs for linear in linears):
                 river.partial.append(layer.index)
     if not river.linears and len(kept) < len(anatomy.layers):
-        raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
+        why = next(why for index, why in river.kept.items() if index not in kept)
+        raise LayersNotFound(f"no decoder layer can be given a river twin: {why}")
     names = {name for linear in river.linears for name in _names(linear.source, linear.layer)}
     for pattern, _ in config.bits_for:
         if not fnmatch.filter(names, pattern):
@@ -231,28 +244,32 @@ def _find_head(graph: OnnxGraph, uses: Uses, anatomy: Anatomy) -> Linear | None:
     return max(linears, key=lambda linear: linear.inputs * linear.outputs, default=None)
 
 
+def _is_quantized(found: Mapping[str, int], linears: Sequence[Linear]) -> bool:
+    """Whether so little of a layer's weights is float that a twin would save no time worth having."""
+    floats = sum(linear.inputs * linear.outputs * linear.float_bits // 8 for linear in linears)
+    return floats * _WORTH_A_TWIN < sum(found.values())
+
+
 def _elements(graph: OnnxGraph, weights: Sequence[str]) -> int:
-    return sum(math.prod(graph.weights[name].shape) for name in weights)
-
-
-def _why_not(nodes: Sequence[gs.Node], linears: Sequence[Linear]) -> str:
-    """Why a layer gets no twin; empty if it gets one."""
-    if any(node.op in QUANTIZED_OPS for node in nodes):
-        return "already quantized"
-    return "" if linears else "it has no linear layer with a constant float weight"
+    """How many floats the weights hold."""
+    found = [graph.weights[name] for name in weights]
+    return sum(math.prod(weight.shape) for weight in found if "float" in str(float_type(weight.dtype)))
 
 
 def _plan(linear: Linear, layer: int, config: RiverConfig, bits: int | None) -> RiverLinear:
     group_size = fitting_group(linear.inputs, config.group_size)
     if bits is None:
-        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, "", linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, "", linear, linear.dtype)
     if group_size is None:
         note = f"{linear.inputs} inputs are divided by no group size; the weight stays as it is"
-        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear)
+        return RiverLinear(linear.name, layer, linear.weight.name, None, None, 0, note, linear, linear.dtype)
+    # A CPU that quantizes activations does so from float32; it has no bfloat16 in the first place.
+    wide = config.activations == "int8" and linear.dtype == np.float16
+    computes = np.dtype(np.float32) if wide else linear.dtype
     groups = linear.inputs // group_size * linear.outputs
-    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * linear.float_bits // 8
+    nbytes = (linear.inputs * linear.outputs + groups) * bits // 8 + groups * computes.itemsize
     note = "" if group_size == config.group_size else f"group size {group_size}, as {config.group_size} does not divide"
-    return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear)
+    return RiverLinear(linear.name, layer, linear.weight.name, bits, group_size, nbytes, note, linear, computes)
 
 
 def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
@@ -267,7 +284,7 @@ def _together(linears: Sequence[RiverLinear]) -> list[list[RiverLinear]]:
             linear.source.node.inputs[0].name,
             linear.bits,
             linear.group_size,
-            str(linear.source.weight.dtype),
+            str(linear.source.dtype),
             alone,
         )
         groups.setdefault(key, []).append(linear)
@@ -288,15 +305,18 @@ def _grow(
     sources = [linear.source for linear in together]
     weights = [f"{source.weight.name}{'.T' if source.transposed else ''}" for source in sources]
     name = f"river/{'+'.join(weights)}.q{bits}g{group_size}"
+    computes, dtype = together[0].computes, sources[0].dtype
+    if name in grown and grown[name][1].dtype != computes:
+        name += f".{computes}"
     if name not in grown:
         parts = [quantize(source, source.matrix(graph), bits, group_size, quantizer, moments) for source in sources]
-        grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), sources[0].weight)
-    shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size)
+        grown[name] = lowering.weights(graph, name, QuantizedWeight.side_by_side(parts), computes)
+    shape = ProductShape(sources[0].inputs, sum(source.outputs for source in sources), bits, group_size, dtype)
     first = sources[0].node
-    results = [gs.Variable(source.node.outputs[0].name, source.node.outputs[0].dtype) for source in sources]
+    results = [gs.Variable(source.node.outputs[0].name, dtype) for source in sources]
     if len(sources) == 1:
         return lowering.product(first.inputs[0].name, grown[name], shape, sources[0].bias, results[0])
-    joined = gs.Variable(f"{first.name}/joined", results[0].dtype)
+    joined = gs.Variable(f"{first.name}/joined", dtype)
     product = lowering.product(first.inputs[0].name, grown[name], shape, None, joined)
     widths = [source.outputs for source in sources]
     sizes = "river/split." + "+".join(map(str, widths))

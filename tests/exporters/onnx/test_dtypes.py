@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from onnx import TensorProto
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
+from river_compile.exporters.onnx import onnx_file
 from river_compile.exporters.onnx.hf import export_decoder
-from tests.families import LAYERS, VOCABULARY, random_model
+from tests.contrib_model import ContribDecoder
+from tests.families import VOCABULARY, random_model
 from tests.oracle import Oracle, Player, assert_close, session
 
 Halves = Callable[[str, torch.dtype], Path]
@@ -22,6 +25,7 @@ Halves = Callable[[str, torch.dtype], Path]
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
+    @functools.cache
     def model(family: str, dtype: torch.dtype) -> Path:
         path = tmp_path_factory.mktemp("half") / "model.onnx"
         export_decoder(random_model(family, dtype=dtype), path)
@@ -32,7 +36,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
 
 def _assert_all_depths(oracle: Oracle, river: Path, tolerance: float) -> None:
     runner = session(river)
-    for depth in range(LAYERS + 1):
+    for depth in range(oracle.layers + 1):
         rng = np.random.default_rng(depth)
         found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
         for length in (5, 1, 1):
@@ -50,11 +54,66 @@ def test_float16(halves: Halves, family: str, tmp_path: Path) -> None:
     _assert_all_depths(Oracle(original, river), river, 4e-3)
 
 
-def test_bfloat16(halves: Halves, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_float16_with_default_activations(halves: Halves, family: str, bits: int, tmp_path: Path) -> None:
+    """Within an If, ONNX Runtime's CPU makes zeros of some float16 products with int8 activations."""
+    original, river = halves(family, torch.float16), tmp_path / "m.onnx"
+    export(original, river, RiverConfig(tau=2.0, bits=bits))
+    products = [node for node in _inner_nodes(river) if node.op_type == "MatMulNBits"]
+    assert {a.i for node in products for a in node.attribute if a.name == "accuracy_level"} == {4}
+    _assert_all_depths(Oracle(original, river), river, 0.1)
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+def test_default_activations_with_a_bias_within_the_product(dtype: type, tmp_path: Path) -> None:
+    original, river = ContribDecoder(form="gemm", dtype=dtype).save(tmp_path / "model.onnx"), tmp_path / "m.onnx"
+    report = export(original, river, RiverConfig(tau=2.0))
+    assert all(len(node.input) == 6 for node in _inner_nodes(river) if node.op_type == "MatMulNBits")
+    assert report.river_bytes == sum(
+        onnx_file.tensor_bytes(tensor)
+        for tensor in onnx.load(river).graph.initializer
+        if tensor.name.endswith((".values", ".scales", ".zero_points"))
+    )
+    _assert_all_depths(Oracle(original, river), river, 0.1)
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_a_float16_head_with_default_activations(halves: Halves, bits: int, tmp_path: Path) -> None:
+    original, river, plain = halves("llama", torch.float16), tmp_path / "m.onnx", tmp_path / "plain.onnx"
+    export(original, river, RiverConfig(tau=2.0, head_bits=bits))
+    export(original, plain, RiverConfig(tau=2.0))
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, 7))
+    found, expected = (Player(session(path), 2).step(ids, max_depth=0) for path in (river, plain))
+    assert np.abs(found["logits"] - expected["logits"]).max() > 0
+    assert_close(found, expected, 0.1 if bits == 4 else 0.02)
+
+
+@pytest.mark.parametrize("activations", ("int8", "float"))
+@pytest.mark.parametrize("inside", (TensorProto.FLOAT, TensorProto.FLOAT16))
+def test_weights_kept_in_a_type_that_nothing_computes_in(inside: int, activations: str, tmp_path: Path) -> None:
+    """Converters leave float16 weights and cast them in the graph, or cast float32 weights down."""
+    kept, dtype = (np.float16, np.float32) if inside == TensorProto.FLOAT else (np.float32, np.float16)
+    original, river = ContribDecoder(dtype=dtype).save(tmp_path / "model.onnx"), tmp_path / "m.onnx"
+    model = onnx.load(original)
+    products = {node.input[1]: node for node in model.graph.node if node.op_type == "MatMul"}
+    for tensor in model.graph.initializer:
+        if tensor.name in products:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(kept), tensor.name))
+            products[tensor.name].input[1] = f"{tensor.name}/cast"
+            cast = onnx.helper.make_node("Cast", [tensor.name], [f"{tensor.name}/cast"], tensor.name, to=inside)
+            model.graph.node.insert(0, cast)
+    onnx.save(model, original)
+    export(original, river, RiverConfig(tau=2.0, activations=activations))
+    _assert_all_depths(Oracle(original, river), river, 0.1 if activations == "int8" else 4e-3)
+
+
+@pytest.mark.parametrize("activations", ("int8", "float"))
+def test_bfloat16(halves: Halves, activations: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU has no bfloat16 kernels, for the plain model neither. So the exported graph, its weights and
     casts widened to float32, is compared with the original, widened alike: the wiring is what is tested."""
     original, river = halves("llama", torch.bfloat16), tmp_path / "m.onnx"
-    export(original, river, RiverConfig(tau=2.0, activations="float"))
+    export(original, river, RiverConfig(tau=2.0, activations=activations))
     types = {tensor.data_type for tensor in onnx.load(river).graph.initializer if ".scales" in tensor.name}
     assert types == {TensorProto.BFLOAT16}
     wide, wide_river = tmp_path / "wide.onnx", tmp_path / "wide.river.onnx"
@@ -72,6 +131,11 @@ def test_similarity_is_computed_in_float32(halves: Halves, tmp_path: Path) -> No
             for norm in (n for n in branch.node if n.op_type == "LpNormalization"):
                 assert kinds[norm.input[0]].op_type == "Cast"
                 assert kinds[norm.input[0]].attribute[0].i == TensorProto.FLOAT
+
+
+def _inner_nodes(path: Path) -> list[onnx.NodeProto]:
+    nodes = onnx.load(path).graph.node
+    return [inner for node in nodes for a in node.attribute if a.HasField("g") for inner in a.g.node]
 
 
 def _widen(source: Path, target: Path) -> None:

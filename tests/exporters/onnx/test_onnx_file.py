@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
+import torch
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
@@ -22,6 +26,12 @@ from tests.contrib_model import ContribDecoder
 from tests.oracle import Player, assert_close, session
 
 Exported = Callable[[str], Path]
+
+
+def _saved(state: dict[str, torch.Tensor], **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **settings)
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -52,6 +62,58 @@ def test_no_file(tmp_path: Path) -> None:
 def test_not_onnx(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
     _refused(tmp_path / "model.onnx", "not an ONNX model, or truncated")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    (
+        (b"GGUF\x03\x00\x00\x00" + b"\x00" * 64, "a GGUF file; give the Hugging Face model's folder"),
+        (safetensors.numpy.save({"w": np.ones(3)}), "a safetensors file; give the Hugging Face model's folder"),
+        (_saved({"w": torch.ones(3)}), "a PyTorch checkpoint or another zip archive; give the Hugging Face"),
+        (_saved({"w": torch.ones(3)}, _use_new_zipfile_serialization=False), "a pickle, as PyTorch checkpoints are"),
+        (pickle.dumps({"w": [1.0]}), "a pickle"),
+        (b"\x1c\x00\x00\x00TFL3" + b"\x00" * 64, "a TensorFlow Lite model"),
+        (b"\x20\x00\x00\x00ORTM" + b"\x00" * 64, r"a model in ONNX Runtime's own format \(\.ort\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+    ),
+)
+@pytest.mark.parametrize("name", ("model.onnx", "model.bin"))
+def test_another_kind_of_file_is_told_by_its_content(tmp_path: Path, name: str, content: bytes, kind: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    _refused(tmp_path / name, rf"not an ONNX model, or truncated \({kind}")
+
+
+def test_weights_that_are_not_in_the_file(model: Path) -> None:
+    proto = onnx.load(model)
+    kept = [tensor for tensor in proto.graph.initializer if "mlp" not in tensor.name]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    onnx.save(proto, model)
+    _refused(model, r"a graph without its weights: 9 of them are read and are not there, such as '.*mlp")
+
+
+def test_weights_without_values(model: Path) -> None:
+    proto = onnx.load(model)
+    for tensor in proto.graph.initializer:
+        if tensor.name.endswith("/weight"):
+            tensor.ClearField("raw_data")
+    onnx.save(proto, model)
+    _refused(model, r"a graph without its weights: \d+ of them have no values, such as '/model/layers.0")
+
+
+def test_weights_that_are_inputs(model: Path) -> None:
+    proto = onnx.load(model)
+    for tensor in proto.graph.initializer:
+        if "_proj" in tensor.name:
+            value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            proto.graph.input.append(value)
+    kept = [tensor for tensor in proto.graph.initializer if "_proj" not in tensor.name]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    onnx.save(proto, model)
+    session(model)
+    _refused(model, "its weights are inputs without a value, such as '/model/layers.0/attn/q_proj/weight'")
 
 
 @pytest.mark.parametrize("share", (0.1, 0.5, 0.99))

@@ -107,8 +107,19 @@ def test_layers_that_are_quantized_already_are_left_as_they_are(tmp_path: Path) 
     original = ContribDecoder(quantized=(1,)).save(tmp_path / "model.onnx")
     report = export(original, tmp_path / "m.onnx", RiverConfig(activations="float"))
     assert (report.layers, report.river_layers) == (3, 2)
-    assert report.notes == ("backbone only, already quantized: layers 1",)
+    assert report.notes == ("backbone only, already quantized (MatMulNBits), so start from the float model: layers 1",)
     _assert_all_depths(original, tmp_path / "m.onnx", depths=(0, 3))
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float16))
+@pytest.mark.parametrize("part", ("mlp", "attn"))
+def test_a_layer_that_is_quantized_in_part_has_a_twin_for_the_rest(part: str, dtype: type, tmp_path: Path) -> None:
+    decoder = ContribDecoder(quantized=(0, 1, 2), quantized_part=part, accuracy=4, dtype=dtype)
+    original = decoder.save(tmp_path / "model.onnx")
+    report = export(original, tmp_path / "m.onnx", RiverConfig(activations="float"))
+    assert (report.layers, report.river_layers) == (3, 3)
+    assert report.notes == ("already quantized in part (MatMulNBits), which stays as it is: layers 0-2",)
+    _assert_all_depths(original, tmp_path / "m.onnx", tolerance=1e-4 if dtype is np.float32 else 2e-2)
 
 
 def test_a_model_that_is_quantized_throughout_has_no_river(tmp_path: Path) -> None:
