@@ -29,6 +29,7 @@ __all__ = [
     "check_lengths",
     "chosen_texts",
     "compare",
+    "hub_tokenizer",
     "load_texts",
     "load_tokenizer",
     "pearson",
@@ -203,7 +204,17 @@ def shipped_texts(split: str, kinds: Sequence[str] = KINDS) -> list[Document]:
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder (or hub name).
+    """The tokenizer of a Hugging Face folder (or hub name), as far as measures need it. Raises: as `hub_tokenizer`."""
+    tokenizer = hub_tokenizer(folder)
+    return TextTokenizer(
+        lambda text: list(tokenizer(text, verbose=False)["input_ids"]),
+        lambda ids: str(tokenizer.decode(list(ids))),
+        len(tokenizer),
+    )
+
+
+def hub_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder (or hub name), as transformers has it.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -214,14 +225,9 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     except ImportError as error:
         raise MissingExtra("transformers", "hf", "reading a tokenizer") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:200]}") from error
-    return TextTokenizer(
-        lambda text: list(tokenizer(text, verbose=False)["input_ids"]),
-        lambda ids: str(tokenizer.decode(list(ids))),
-        len(tokenizer),
-    )
 
 
 def tokenize(

@@ -16,7 +16,7 @@ import pytest
 from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.exporters.tensorrt.engine import EngineInfo
-from tests.families import VOCABULARY
+from tests.words import save_word_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 SAMPLES = ROOT / "samples"
@@ -43,25 +43,14 @@ def test_plain_onnxruntime(river: Path) -> None:
 
 
 def test_generate(river: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
     text = _run("generate.py", river, tmp_path, "w5 w6 w7", "-1.0")
     assert re.search(r"w\d+", text)
     assert re.search(r"[\d.]+ tokens/s, mean exit depth 1.0 of 4 layers", text)
 
 
 def test_evaluate(river: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(tmp_path)
+    save_word_tokenizer(tmp_path)
     (tmp_path / "text.txt").write_text("w5 w6 w7 w8 w9")
     text = _run("evaluate.py", river, tmp_path, tmp_path / "text.txt")
     assert re.search(r"5 tokens of 1 documents", text)
