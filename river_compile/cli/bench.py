@@ -10,18 +10,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import depths as depths_option
-from river_compile.cli.options import numbers
-from river_compile.config import BITS, GROUP_SIZES, RiverConfig
-from river_compile.version import __version__
+from river_compile.cli.console import answer, progress_bars, river_command
+from river_compile.cli.options import (
+    bits_option,
+    depths_option,
+    dtype_option,
+    group_size_option,
+    json_option,
+    png_option,
+    quiet_option,
+    taus_option,
+)
+from river_compile.config import RiverConfig
 
 if TYPE_CHECKING:
     from river_compile.measure.bench import BenchResult
 
 __all__ = ["main"]
 
-_DEFAULTS = RiverConfig()
 _EXAMPLES = """\b
 Examples:
   river-bench path/to/hf_model
@@ -30,35 +36,20 @@ Examples:
 """
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-bench", _EXAMPLES)
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--tau", "taus", callback=numbers("tau"), metavar="LIST", default="", help="Thresholds to run the river at."
-)
-@click.option(
-    "--depths",
-    callback=depths_option,
-    metavar="LIST",
-    default="1,4,15",
-    show_default=True,
-    help="Exit depths to force.",
-)
+@taus_option("", "Thresholds to run the river at.", show_default=False)
+@depths_option("1,4,15", "Exit depths to force.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="New tokens in a round.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
+@dtype_option()
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--bits", type=click.Choice(list(map(str, BITS))), default=str(_DEFAULTS.bits), show_default=True)
-@click.option(
-    "--group-size",
-    type=click.Choice(list(map(str, GROUP_SIZES))),
-    default=str(_DEFAULTS.group_size),
-    show_default=True,
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the table into this file.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress bars.")
-@click.version_option(__version__, prog_name="river-bench")
+@bits_option
+@group_size_option
+@json_option()
+@png_option("Draw the table into this file.")
+@quiet_option("No progress bars.")
 def main(
     model: Path,
     taus: tuple[float, ...],
@@ -100,10 +91,7 @@ def main(
         )
     if png is not None:
         draw(result, png)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        _show(Console(), result)
+    answer(result, _show, as_json=as_json)
 
 
 def _show(console: Console, result: BenchResult) -> None:

@@ -10,10 +10,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, chat_option, numbers
-from river_compile.errors import InputError
-from river_compile.version import __version__
+from river_compile.cli.console import answer, progress_bars, river_command
+from river_compile.cli.options import (
+    cache_option,
+    chat_option,
+    documents_option,
+    json_option,
+    max_tokens_option,
+    output_option,
+    own_tokenizer,
+    png_option,
+    prompt_tokens_option,
+    quiet_option,
+    taus_option,
+    texts_option,
+    threads_option,
+    tokenizer_option,
+)
 
 if TYPE_CHECKING:
     from river_compile.measure.calibration import Calibration
@@ -29,17 +42,10 @@ Examples:
 """
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-calibrate", _EXAMPLES)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer", metavar="FOLDER", help="Folder or hub name of the tokenizer.  [default: MODEL if a folder]"
-)
-@click.option(
-    "--texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text file (one document), or JSONL (one a line); repeatable.  [default: calibration texts of the package]",
-)
+@tokenizer_option("MODEL if a folder")
+@texts_option("calibration texts of the package")
 @click.option("--max-risk", type=float, default=0.02, show_default=True, help="Bound on the expected loss.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Probability that the bound holds.")
 @click.option(
@@ -50,13 +56,10 @@ Examples:
     help="A document's loss: the share of tokens whose top-1 is not the backbone's, or clipped KL over the clip.",
 )
 @click.option("--kl-clip", type=float, default=1.0, show_default=True, help="In nats, for --loss kl.")
-@click.option(
-    "--tau",
-    "taus",
-    callback=numbers("tau"),
-    metavar="LIST",
-    default="0.998,0.995,0.99,0.985,0.98,0.975,0.97,0.96,0.95,0.93,0.9,0.85,0.8,0.7,0.6,0.5",
-    help="Thresholds to test, from the safest down.  [default: 16 from 0.998 to 0.5]",
+@taus_option(
+    "0.998,0.995,0.99,0.985,0.98,0.975,0.97,0.96,0.95,0.93,0.9,0.85,0.8,0.7,0.6,0.5",
+    "Thresholds to test, from the safest down.  [default: 16 from 0.998 to 0.5]",
+    show_default=False,
 )
 @click.option(
     "--by-layer",
@@ -64,17 +67,16 @@ Examples:
     help="Choose the least depth and each layer's threshold as well, on a quarter of the documents. An exported model "
     "needs room for it: river-export --layer-tau.",
 )
-@click.option("--prompt-tokens", type=int, default=8, show_default=True, help="Read in one pass; the rest is decoded.")
-@click.option("--max-tokens", type=int, default=64, show_default=True, help="Read of each document.")
-@click.option("--documents", type=int, help="Only so many documents, evenly spread.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime within an operator.  [default: its own choice]")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the threshold and its evidence there.")
-@click.option("--png", type=click.Path(path_type=Path), help="Write a plot of risk and exit depth against tau there.")
+@prompt_tokens_option("Read in one pass; the rest is decoded.")
+@max_tokens_option(64, "Read of each document.")
+@documents_option()
+@threads_option
+@output_option("--output", "-o", help="Write the threshold and its evidence there.")
+@png_option("Write a plot of risk and exit depth against tau there.")
 @chat_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@json_option()
+@quiet_option()
 @cache_option
-@click.version_option(__version__, prog_name="river-calibrate")
 def main(
     model: Path,
     tokenizer: str | None,
@@ -106,16 +108,12 @@ def main(
     from river_compile.measure.risk import check_risk
 
     check_risk(max_risk, confidence)
-    for path in (output, png):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no such folder")
-    if tokenizer is None and not model.is_dir():
-        raise InputError(f"{model}: its tokenizer is not in it; name a folder with --tokenizer")
+    words = load_tokenizer(tokenizer or own_tokenizer(model), chat=chat)
     with progress_bars(quiet or as_json) as progress:
         result = calibrate(
             model,
             texts or None,
-            load_tokenizer(tokenizer or model, chat=chat),
+            words,
             max_risk=max_risk,
             confidence=confidence,
             loss=loss,
@@ -129,16 +127,11 @@ def main(
             cache=cache,
             progress=progress,
         )
-    if output is not None:
-        result.save(output)
     if png is not None:
         from river_compile.measure.plots import draw_calibration
 
         draw_calibration(result, png)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        _show(Console(quiet=quiet, highlight=False), result)
+    answer(result, _show, output=output, as_json=as_json, quiet=quiet)
 
 
 def _show(console: Console, result: Calibration) -> None:

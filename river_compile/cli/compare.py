@@ -10,18 +10,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, chat_option, numbers
-from river_compile.config import GROUP_SIZES, KV_POLICIES, RiverConfig
-from river_compile.errors import InputError
-from river_compile.version import __version__
+from river_compile.cli.console import answer, progress_bars, river_command
+from river_compile.cli.options import (
+    HELD_OUT,
+    cache_option,
+    chat_option,
+    documents_option,
+    dtype_option,
+    group_size_option,
+    json_option,
+    max_tokens_option,
+    output_option,
+    png_option,
+    prompt_tokens_option,
+    quantizer_option,
+    quiet_option,
+    taus_option,
+    texts_option,
+    tokenizer_option,
+)
+from river_compile.config import KV_POLICIES, RiverConfig
 
 if TYPE_CHECKING:
     from river_compile.measure.kv_comparison import Comparison, PolicyPoint
 
 __all__ = ["main"]
-
-_DEFAULTS = RiverConfig()
 
 _EXAMPLES = """\b
 Examples:
@@ -35,15 +48,10 @@ def _policies(ctx: click.Context, param: click.Parameter, value: str) -> tuple[s
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-compare", _EXAMPLES)
 @click.argument("model")
-@click.option("--tokenizer", metavar="FOLDER", help="Folder or hub name of the tokenizer.  [default: MODEL]")
-@click.option(
-    "--texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text file, or JSONL of texts or prompts; repeatable.  [default: held-out texts that come with the package]",
-)
+@tokenizer_option("MODEL")
+@texts_option(HELD_OUT)
 @click.option(
     "--policies",
     callback=_policies,
@@ -52,29 +60,20 @@ def _policies(ctx: click.Context, param: click.Parameter, value: str) -> tuple[s
     show_default=True,
     help="To compare.",
 )
-@click.option(
-    "--tau",
-    "taus",
-    callback=numbers("tau"),
-    metavar="LIST",
-    default="0.99,0.98,0.97,0.9",
-    show_default=True,
-    help="Thresholds.",
-)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option("--group-size", type=click.Choice([str(size) for size in GROUP_SIZES]), default="32", show_default=True)
-@click.option("--quantizer", default=_DEFAULTS.quantizer, show_default=True, help="Algorithm that makes the river.")
-@click.option("--prompt-tokens", type=int, default=8, show_default=True, help="Read by the backbone, not counted.")
-@click.option("--max-tokens", type=int, default=64, show_default=True, help="Of each document.")
-@click.option("--documents", type=int, default=8, show_default=True, help="Documents, evenly spread over the texts.")
+@taus_option("0.99,0.98,0.97,0.9", "Thresholds.")
+@dtype_option(float16=False)
+@group_size_option
+@quantizer_option("Algorithm that makes the river.")
+@prompt_tokens_option("Read by the backbone, not counted.")
+@max_tokens_option(64, "Of each document.")
+@documents_option(8)
 @click.option("--rounds", type=int, default=5, show_default=True, help="Interleaved rounds of timing; 0: none.")
-@click.option("--png", type=click.Path(path_type=Path), help="Write the plot there.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
+@png_option("Write the plot there.")
+@output_option("--output", "-o", help="Write the JSON there.")
 @chat_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@json_option()
+@quiet_option()
 @cache_option
-@click.version_option(__version__, prog_name="river-compare")
 def main(
     model: str,
     tokenizer: str | None,
@@ -108,9 +107,6 @@ def main(
     from river_compile.measure.kv_comparison import compare_policies
     from river_compile.reference import ReferenceDecoder
 
-    for path in (png, output):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no such folder")
     with progress_bars(quiet or as_json) as progress:
         decoder = ReferenceDecoder(
             load_decoder(model, getattr(torch, dtype)),
@@ -130,16 +126,11 @@ def main(
             cache=cache,
             progress=progress,
         )
-    if output is not None:
-        output.write_text(result.to_json() + "\n", encoding="utf-8")
     if png is not None:
         from river_compile.measure.plots import draw_policies
 
         draw_policies(result, png)
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        _show(Console(quiet=quiet, highlight=False), result)
+    answer(result, _show, output=output, as_json=as_json, quiet=quiet)
 
 
 def _show(console: Console, result: Comparison) -> None:

@@ -5,19 +5,41 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from river_compile.errors import RiverError
+from river_compile.version import __version__
 
-__all__ = ["RiverCommand", "progress_bars"]
+__all__ = ["answer", "progress_bars", "river_command"]
 
 
-class RiverCommand(click.Command):
+class Result(Protocol):
+    """What a command finds out."""
+
+    def to_json(self) -> str: ...
+
+
+_R = TypeVar("_R", bound=Result)
+
+
+def river_command(name: str, examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A function as the command ``name``, with ``--help``, examples at its end, and ``--version``."""
+
+    def command(function: Callable[..., Any]) -> click.Command:
+        settings = {"help_option_names": ["-h", "--help"]}
+        made = click.command(cls=_RiverCommand, epilog=examples, context_settings=settings)(function)
+        return click.version_option(__version__, prog_name=name)(made)
+
+    return command
+
+
+class _RiverCommand(click.Command):
     """A command that answers a user's mistake with one line on standard error and exit status 2.
 
     A termination signal unwinds like an interrupt, so that a half-written export is cleaned away.
@@ -66,3 +88,15 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[step], completed=done, total=total if total > 1 or done else None)
 
         yield show
+
+
+def answer(
+    result: _R, show: Callable[[Console, _R], None], *, output: Path | None = None, as_json: bool, quiet: bool = False
+) -> None:
+    """Write what was found into a file, where one is named, and print it: as JSON, or as ``show`` does."""
+    if output is not None:
+        output.write_text(result.to_json() + "\n", encoding="utf-8")
+    if as_json:
+        click.echo(result.to_json())
+    else:
+        show(Console(quiet=quiet, highlight=False), result)

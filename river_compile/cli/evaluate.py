@@ -10,12 +10,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.cli.console import RiverCommand, progress_bars
-from river_compile.cli.options import cache_option, chat_option, numbers
-from river_compile.cli.options import depths as depths_option
+from river_compile.cli.console import answer, progress_bars, river_command
+from river_compile.cli.options import (
+    HELD_OUT,
+    cache_option,
+    chat_option,
+    depths_option,
+    documents_option,
+    dtype_option,
+    json_option,
+    max_tokens_option,
+    output_option,
+    own_tokenizer,
+    quantizer_option,
+    quiet_option,
+    taus_option,
+    texts_option,
+    threads_option,
+    tokenizer_option,
+)
 from river_compile.config import RiverConfig
-from river_compile.errors import ConfigError, InputError
-from river_compile.version import __version__
+from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_compile.measure.evaluation import Evaluation, SettingResult
@@ -32,61 +47,35 @@ Examples:
 """
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-eval", _EXAMPLES)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--tokenizer", metavar="FOLDER", help="Folder or hub name of the tokenizer.  [default: MODEL if a folder]"
-)
-@click.option("--quantizer", metavar="NAME", help="Of the river, if MODEL is a folder.  [default: rtn]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Type to read the model in, if it is a folder.  [default: bfloat16]",
-)
-@click.option(
-    "--texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text file, or JSONL of texts or prompts; repeatable.  [default: held-out texts that come with the package]",
-)
-@click.option(
-    "--tau",
-    callback=numbers("tau"),
-    metavar="LIST",
-    default="0.98,0.95,0.9",
-    show_default=True,
-    help="Thresholds to measure.",
-)
-@click.option(
-    "--depths",
-    callback=depths_option,
-    metavar="LIST",
-    default="0",
-    show_default=True,
-    help="Forced exit depths to measure; 0 is all river.",
-)
-@click.option("--max-tokens", type=int, default=512, show_default=True, help="Cut longer texts into pieces.")
-@click.option("--documents", type=int, help="Only so many documents, evenly spread.")
+@tokenizer_option("MODEL if a folder")
+@quantizer_option("Of the river, if MODEL is a folder.  [default: rtn]", default=None)
+@dtype_option("Type to read the model in, if it is a folder.  [default: bfloat16]", default=None)
+@texts_option(HELD_OUT)
+@taus_option("0.98,0.95,0.9", "Thresholds to measure.")
+@depths_option("0", "Forced exit depths to measure; 0 is all river.")
+@max_tokens_option(512, "Cut longer texts into pieces.")
+@documents_option()
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
 @click.option("--speed-rounds", type=int, default=3, show_default=True, help="Rounds of timed decoding; 0: none.")
-@click.option("--threads", type=int, help="Threads of ONNX Runtime.  [default: its own choice]")
+@threads_option
 @click.option(
     "--sensitivity", type=click.Path(path_type=Path), help="A file of river-export --sensitivity, to be plotted."
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page with plots.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the JSON there.")
+@output_option("--html", help="Write a self-contained page with plots.")
+@output_option("--output", "-o", help="Write the JSON there.")
 @chat_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@json_option()
+@quiet_option()
 @cache_option
-@click.version_option(__version__, prog_name="river-eval")
 def main(
     model: Path,
     tokenizer: str | None,
     quantizer: str | None,
     dtype: str | None,
     texts: tuple[Path, ...],
-    tau: tuple[float, ...],
+    taus: tuple[float, ...],
     depths: tuple[int, ...],
     max_tokens: int,
     documents: int | None,
@@ -112,21 +101,17 @@ def main(
     from river_compile.measure.sensitivity import Sensitivity
 
     measured = Sensitivity.load(sensitivity) if sensitivity is not None else None
-    for path in (html, output):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no such folder")
     if not model.is_dir():
         for name, value in (("quantizer", quantizer), ("dtype", dtype)):
             if value is not None:
                 raise ConfigError(name, f"only for a folder of a Hugging Face decoder; {model} is none")
-        if tokenizer is None:
-            raise InputError(f"{model}: its tokenizer is not in it; name a folder with --tokenizer")
+    words = load_tokenizer(tokenizer or own_tokenizer(model), chat=chat)
     with progress_bars(quiet or as_json) as progress:
         result = evaluate(
             model,
             texts or None,
-            load_tokenizer(tokenizer or model, chat=chat),
-            taus=tau,
+            words,
+            taus=taus,
             depths=depths,
             max_tokens=max_tokens,
             max_documents=documents,
@@ -138,16 +123,11 @@ def main(
             cache=cache,
             progress=progress,
         )
-    if output is not None:
-        output.write_text(result.to_json() + "\n", encoding="utf-8")
     if html is not None:
         from river_compile.measure.report_html import render
 
         html.write_text(render(result, measured), encoding="utf-8")
-    if as_json:
-        click.echo(result.to_json())
-    else:
-        _show(Console(quiet=quiet, highlight=False), result)
+    answer(result, _show, output=output, as_json=as_json, quiet=quiet)
 
 
 def _show(console: Console, result: Evaluation) -> None:

@@ -12,12 +12,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from river_compile.cli.console import RiverCommand, progress_bars
+from river_compile.cli.console import progress_bars, river_command
 from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
-from river_compile.cli.options import chat_option
-from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
+from river_compile.cli.options import (
+    bits_option,
+    chat_option,
+    choice,
+    group_size_option,
+    json_option,
+    quantizer_option,
+    quiet_option,
+    texts_option,
+    tokenizer_option,
+)
+from river_compile.config import ACTIVATIONS, BITS, FLOAT, RiverConfig
 from river_compile.errors import ConfigError
-from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import Agreement, ExportReport, Plan
@@ -65,11 +74,7 @@ def _bits_for(
     return tuple(pairs)
 
 
-def _choice(values: tuple[object, ...]) -> click.Choice[str]:
-    return click.Choice([str(value) for value in values])
-
-
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-export", _EXAMPLES)
 @click.argument("model")
 @click.option(
     "-o",
@@ -108,9 +113,7 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     default="",
     help="Layers without a river twin, such as 0,3,-1 or 26-29.",
 )
-@click.option(
-    "--bits", type=_choice(BITS), default=str(_DEFAULTS.bits), show_default=True, help="Bits of a river weight."
-)
+@bits_option
 @click.option(
     "--bits-for",
     callback=_bits_for,
@@ -121,43 +124,29 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
 )
 @click.option(
     "--head-bits",
-    type=_choice((*BITS, FLOAT)),
+    type=choice((*BITS, FLOAT)),
     default=_DEFAULTS.head_bits,
     show_default=True,
     help="Bits of the LM head that a token takes after its exit.",
 )
-@click.option(
-    "--group-size",
-    type=_choice(GROUP_SIZES),
-    default=str(_DEFAULTS.group_size),
-    show_default=True,
-    help="Weights that share a scale.",
-)
+@group_size_option
 @click.option(
     "--activations",
-    type=_choice(ACTIVATIONS),
+    type=choice(ACTIVATIONS),
     default=_DEFAULTS.activations,
     show_default=True,
     help="What river products compute with on a CPU: int8 is three times as fast as the model's own float type.",
 )
-@click.option(
-    "--quantizer",
-    default=_DEFAULTS.quantizer,
-    show_default=True,
-    help="Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts.",
+@quantizer_option(
+    "Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts."
 )
-@click.option("--tokenizer", metavar="FOLDER", help="To read texts with.  [default: MODEL, if it is a folder]")
+@tokenizer_option("MODEL if a folder", ", for tuning texts")
 @click.option(
     "--no-quality",
     is_flag=True,
     help="Do not compare the river with its backbone in the end, on some 300 tokens; done where there is a tokenizer.",
 )
-@click.option(
-    "--tuning-texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Text or JSONL file for gptq and for bit budgets; repeatable.  [default: tuning texts of the package]",
-)
+@texts_option("tuning texts of the package", "--tuning-texts", ", for gptq and for bit budgets")
 @chat_option
 @click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
 @click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
@@ -172,10 +161,9 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
 )
 @engine_options
 @click.option("--dry-run", is_flag=True, help="Show the decoder's anatomy and the plan; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json).")
+@json_option("Print the report as JSON.")
+@quiet_option()
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the graph after each pass into this folder.")
-@click.version_option(__version__, prog_name="river-export")
 def main(
     model: str,
     output: Path | None,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from river_compile.cli.console import RiverCommand
-from river_compile.errors import ConfigError, InputError, MissingExtra
-from river_compile.version import __version__
+from river_compile.cli.console import river_command
+from river_compile.cli.options import json_option, tokenizer_option
+from river_compile.errors import ConfigError
 
 if TYPE_CHECKING:
     from river_compile.runtime import Decoder, Step
@@ -28,9 +28,9 @@ Examples:
 """
 
 
-@click.command(cls=RiverCommand, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@river_command("river-run", _EXAMPLES)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of the model's tokenizer.")
+@tokenizer_option()
 @click.option("--prompt", "-p", multiple=True, help="Text to continue; several make a batch.")
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
 @click.option("--tau", type=float, help="Exit threshold, instead of the model's own.")
@@ -50,11 +50,10 @@ Examples:
     is_flag=True,
     help="Show what the model tells of itself, an engine checked against its side file, and stop.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print tokens, exit depths and timings as JSON.")
-@click.version_option(__version__, prog_name="river-run")
+@json_option("Print tokens, exit depths and timings as JSON.")
 def main(
     model: Path,
-    tokenizer: Path | None,
+    tokenizer: str | None,
     prompt: tuple[str, ...],
     max_new_tokens: int,
     tau: float | None,
@@ -84,7 +83,9 @@ def main(
         return
     if tokenizer is None or not prompt:
         raise click.UsageError("say what to continue: --tokenizer FOLDER and --prompt TEXT")
-    words = _tokenizer(tokenizer)
+    from river_compile.measure.fidelity import hub_tokenizer
+
+    words = hub_tokenizer(tokenizer)
     prompts = [words(text)["input_ids"] for text in prompt]
     _check(model, prompts, max_new_tokens)
     decoder = _decoder(model, jit_cache)
@@ -144,14 +145,3 @@ def _decoder(model: Path, jit_cache: Path | None) -> Decoder:
     from river_compile.runtime import TensorRTDecoder
 
     return TensorRTDecoder(model, jit_cache)
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "reading a tokenizer") from error
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no tokenizer: {str(error).splitlines()[0]}") from error

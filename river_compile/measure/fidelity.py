@@ -29,6 +29,7 @@ __all__ = [
     "check_lengths",
     "chosen_texts",
     "compare",
+    "hub_tokenizer",
     "load_texts",
     "load_tokenizer",
     "pearson",
@@ -218,7 +219,7 @@ def shipped_texts(split: str, kinds: Sequence[str] = KINDS) -> list[Document]:
 
 
 def load_tokenizer(folder: str | Path, *, chat: bool = False) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder (or hub name).
+    """The tokenizer of a Hugging Face folder (or hub name), as far as measures need it.
 
     Args:
         chat: make each text the assistant's turn, by the tokenizer's chat template.
@@ -227,14 +228,7 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> TextTokenizer:
         MissingExtra: transformers is not installed.
         InputError: there is no tokenizer, or it has no chat template that could be used.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "reading a tokenizer") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:200]}") from error
+    tokenizer = hub_tokenizer(folder)
 
     def plain(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -246,6 +240,23 @@ def load_tokenizer(folder: str | Path, *, chat: bool = False) -> TextTokenizer:
     return TextTokenizer(
         encode, lambda ids: str(tokenizer.decode(list(ids))), len(tokenizer), tuple(front), tuple(back), chat
     )
+
+
+def hub_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder (or hub name), as transformers has it.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        InputError: there is no tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf", "reading a tokenizer") from error
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: no tokenizer: {' '.join(str(error).split())[:200]}") from error
 
 
 def _added(whole: list[int], plain: list[int]) -> tuple[list[int], list[int]]:

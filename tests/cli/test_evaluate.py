@@ -18,7 +18,7 @@ from river_compile.exporters.torch import seam
 from river_compile.measure.sensitivity import measure_sensitivity
 from tests.families import LAYERS, VOCABULARY
 from tests.torch_models import as_it_is
-from tests.words import save_word_model
+from tests.words import save_word_model, save_word_tokenizer
 
 TEXT = "w5 w6 w7 w8 w9 w100 w20 w30 w4 w50"
 # The tokenizer's own template adds one.
@@ -28,16 +28,10 @@ TOKENS = 11
 @pytest.fixture(scope="module")
 def folder(exported: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A river model, a tokenizer of its vocabulary, and texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     path = tmp_path_factory.mktemp("river-eval")
     river_compile.export(exported("llama"), path / "model.river.onnx", RiverConfig(activations="float"))
     for name, size in (("tokenizer", VOCABULARY), ("foreign", 2 * VOCABULARY)):
-        words = {f"w{index}": index for index in range(size)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path / name)
+        save_word_tokenizer(path / name, size)
     (path / "a.txt").write_text(TEXT)
     (path / "b.jsonl").write_text("\n".join(json.dumps({"prompt": f"{TEXT} w{i}"}) for i in range(3)))
     return path

@@ -11,19 +11,15 @@ from click.testing import CliRunner, Result
 
 from river_compile.cli.export import main
 from tests.families import VOCABULARY
+from tests.words import save_word_tokenizer
 
 TEXTS = [" ".join(f"w{(start + step * 7) % VOCABULARY}" for step in range(70)) for start in range(3)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     path = tmp_path_factory.mktemp("tuning")
-    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(path / "tokenizer")
+    save_word_tokenizer(path / "tokenizer")
     (path / "tuning.jsonl").write_text("\n".join(map(json.dumps, TEXTS)))
     return path
 

@@ -16,21 +16,14 @@ from river_compile.cli.run import main as river_run
 from river_compile.config import RiverConfig
 from river_compile.runtime import OnnxDecoder
 from tests.families import LAYERS
+from tests.words import save_word_tokenizer
 
 Exported = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of as many words as the small models know."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
-    return folder
+    return save_word_tokenizer(tmp_path_factory.mktemp("tokenizer"), eos_token=None)
 
 
 def _run(*arguments: object) -> Result:
