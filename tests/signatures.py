@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from river_compile.exporters.onnx.normal_form import raise_opset
 from river_compile.passes.onnx.graph import export_model, import_model
-from river_compile.passes.onnx.static_cache import static_cache
+from river_compile.passes.onnx.static_cache import OPSET, static_cache
 
 __all__ = ["ROOM", "VARIANTS", "write"]
 
@@ -162,7 +163,7 @@ def _other_names(model: onnx.ModelProto) -> None:
 
 def _static(model: onnx.ModelProto) -> onnx.ModelProto:
     scopes = {node.name: node.metadata_props for node in model.graph.node}
-    graph = import_model(model)
+    graph = import_model(raise_opset(model, OPSET, Path()))
     static_cache(graph, ROOM)
     made = export_model(graph)
     for node in made.graph.node:

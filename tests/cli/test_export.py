@@ -158,12 +158,12 @@ def test_a_hugging_face_folder_is_exported_first(tmp_path: Path) -> None:
 _SLOW_DISK = """
 import time
 from river_compile.exporters.onnx import onnx_file
-chunks = onnx_file._chunks
+chunks = onnx_file.chunks
 def slowly(*arguments):
     for chunk in chunks(*arguments):
         time.sleep(0.5)
         yield chunk
-onnx_file._chunks = slowly
+onnx_file.chunks = slowly
 """
 
 
