@@ -137,6 +137,7 @@ def rewrite(
     slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]
     graph.metadata["river.cache"] = json.dumps(slots)
     rewritten = export_model(graph)
+    _forget_shapes(rewritten.graph)
     added = count_nodes(rewritten.graph) - nodes_before
     seconds["assemble"] = time.perf_counter() - started
     return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, seconds)
@@ -145,6 +146,15 @@ def rewrite(
 def _name(step: object) -> str:
     """What a pass is called, its settings aside."""
     return str(getattr(getattr(step, "func", step), "__name__", step))
+
+
+def _forget_shapes(graph: onnx.GraphProto) -> None:
+    """Drop what is noted of shapes inside: runtimes infer them, and plan their memory by wrong ones if noted."""
+    graph.ClearField("value_info")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _forget_shapes(attribute.g)
 
 
 def survey(model: onnx.ModelProto, folder: Path | None, config: RiverConfig) -> tuple[Anatomy, River]:

@@ -26,7 +26,7 @@ from river_compile.cli.options import (
     tokenizer_option,
 )
 from river_compile.config import ACTIVATIONS, BITS, FLOAT, RiverConfig
-from river_compile.errors import ConfigError
+from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from river_compile.api import Agreement, ExportReport, Plan
@@ -275,9 +275,15 @@ def _quality(model: str, tokenizer: str | None, chat: bool) -> AgreementTexts | 
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.fidelity import load_tokenizer
 
-    if tokenizer is None and not (Path(model) / "tokenizer_config.json").is_file():
+    if tokenizer is None and not Path(model).is_dir():
         return None
-    return AgreementTexts(load_tokenizer(tokenizer or model, chat=chat))
+    try:
+        return AgreementTexts(load_tokenizer(tokenizer or model, chat=chat))
+    except InputError:
+        # A folder need not have a tokenizer; one that was asked for must be there.
+        if tokenizer is not None or chat:
+            raise
+        return None
 
 
 def _tuning(

@@ -53,7 +53,7 @@ class AgreementTexts:
         from river_compile.runtime import OnnxDecoder
 
         decoder = OnnxDecoder(model)
-        pieces = self._pieces(decoder.vocabulary)
+        pieces = self._pieces(decoder.vocabulary, decoder.signature.room)
         prompt = _PROMPT + self.tokenizer.lead
         started = time.perf_counter()
         backbones, agrees, depths = [], [], []
@@ -79,10 +79,10 @@ class AgreementTexts:
             advice=None if top1 >= _ENOUGH else _advice(stricter, config),
         )
 
-    def _pieces(self, vocabulary: int) -> list[np.ndarray]:
+    def _pieces(self, vocabulary: int, room: int | None) -> list[np.ndarray]:
         documents = shipped_texts("heldout") if self.texts is None else self.texts
         whole = spread(tokenize(documents, self.tokenizer, vocabulary), self.documents)
-        return [document.ids[: self.tokens + self.tokenizer.lead] for document in whole]
+        return [document.ids[: self.tokens + self.tokenizer.lead][:room] for document in whole]
 
 
 def _choices(

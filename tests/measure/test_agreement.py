@@ -107,3 +107,18 @@ def test_a_foreign_tokenizer_is_noted_and_the_model_kept(
     report = river_compile.export(exported("llama"), tmp_path / "m.onnx", quality=foreign)
     assert report.agreement is None and "do not belong together" in report.notes[-1]
     OnnxDecoder(tmp_path / "m.onnx")
+
+
+def test_a_folder_without_a_tokenizer_is_exported_all_the_same(folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "hf"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+
+    def run(source: Path, *arguments: str) -> str:
+        result = CliRunner().invoke(river_export, [str(source), "--json", "-o", str(tmp_path / "m.onnx"), *arguments])
+        return result.stdout if result.exit_code == 0 else result.stderr
+
+    assert json.loads(run(bare))["agreement"] is None
+    assert json.loads(run(folder))["agreement"]["documents"] == 9
+    assert "no tokenizer" in run(bare, "--tokenizer", str(tmp_path))

@@ -118,3 +118,19 @@ def test_an_unknown_input_is_named(exported: Exported, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(InputError, match=r"needs an input 'pixel_values', tensor\(float\) .*, unknown here$"):
         OnnxDecoder(tmp_path / "m.onnx")
+
+
+def test_an_export_notes_no_shapes_inside(exported: Exported, tmp_path: Path) -> None:
+    """ONNX Runtime plans its memory by them, and GenAI's builder notes some wrongly in float16."""
+    model = onnx.load(exported("llama"))
+    grown = next(value.name for value in model.graph.output if value.name != "logits")
+    node = next(node for node in model.graph.node if grown in node.input)
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info(node.output[0], 1, ["batch", 2, "sequence", 16]))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    export(tmp_path / "wrong.onnx", tmp_path / "m.onnx", SILENT)
+
+    def noted(graph: onnx.GraphProto) -> int:
+        inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+        return len(graph.value_info) + sum(map(noted, inner))
+
+    assert noted(onnx.load(tmp_path / "m.onnx").graph) == 0
