@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from river_compile.passes.anatomy import CacheSlot
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 
-__all__ = ["Segment", "Stream", "find_stream"]
+__all__ = ["Segment", "Stream", "ancestors", "find_stream"]
 
 _SHAPE_ONLY = {"Shape", "Size"}
 
@@ -55,8 +55,8 @@ def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     Ensures: every node that lies on a path from the stream's source to its sink is in exactly one segment.
     """
     sink = _deepest_output(graph)
-    ancestors = _ancestors(sink, uses)
-    streams = [_stream(graph, uses, *_chain(value.name, sink, ancestors, uses)) for value in graph.inputs]
+    above = ancestors(sink, uses)
+    streams = [_stream(graph, uses, *_chain(value.name, sink, above, uses)) for value in graph.inputs]
     return max(
         streams,
         key=lambda stream: (sum(len(segment.caches) for segment in stream.segments), len(stream.segments)),
@@ -88,8 +88,8 @@ def _deepest_output(graph: OnnxGraph) -> str:
     return max((value.name for value in graph.outputs), key=lambda name: depth.get(name, 0))
 
 
-def _ancestors(sink: str, uses: Uses) -> set[int]:
-    """Ids of all nodes that the sink depends on, other than by a shape."""
+def ancestors(sink: str, uses: Uses) -> set[int]:
+    """Ids of all nodes that a tensor depends on, other than by a shape."""
     found: set[int] = set()
     open_names = [sink]
     while open_names:
@@ -101,13 +101,13 @@ def _ancestors(sink: str, uses: Uses) -> set[int]:
     return found
 
 
-def _chain(source: str, sink: str, ancestors: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
+def _chain(source: str, sink: str, above: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
     """All tensors that every path from source to sink passes, and the nodes on those paths, in order."""
     on_path: dict[int, gs.Node] = {}
     open_names = [source]
     while open_names:
         for node in uses.readers.get(open_names.pop(), ()):
-            if id(node) in ancestors and id(node) not in on_path:
+            if id(node) in above and id(node) not in on_path:
                 on_path[id(node)] = node
                 open_names += [output.name for output in node.outputs]
     nodes = sorted(on_path.values(), key=lambda node: uses.position[id(node)])
