@@ -1,4 +1,4 @@
-"""What a file is that is no ONNX model, and what a model lacks that is no whole one."""
+"""What a file or folder is that is no model to start from, and what a model lacks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-__all__ = ["kind_of_file", "missing_weights"]
+__all__ = ["kind_of_file", "missing_weights", "problem_of_folder"]
 
 _HEAD = 512
+_SUFFIXES = {".bin", ".gguf", ".onnx", ".pt", ".pth", ".safetensors"}
 # Where a format's mark lies, the mark, and what to call a file that has it.
 _MARKS = (
     (0, b"GGUF", "a GGUF file"),
@@ -45,6 +46,24 @@ def kind_of_file(path: Path) -> str:
             hint = "; give the Hugging Face model's folder, or an ONNX export of it"
             return kind + (hint if any(word in kind for word in _TO_EXPORT) else "")
     return ""
+
+
+def problem_of_folder(folder: Path) -> str:
+    """Why a path leads to no folder of a Hugging Face model; empty if it may, or if it may be a hub name."""
+    if not folder.is_dir():
+        may_be_on_the_hub = not folder.is_absolute() and len(folder.parts) <= 2 and folder.suffix not in _SUFFIXES
+        return "" if may_be_on_the_hub else "no such file or folder"
+    files = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return "an adapter (LoRA) without its base model: merge it into the model first, and give that"
+    if any(path.suffix in (".safetensors", ".bin") for path in files) and (folder / "config.json").is_file():
+        return ""
+    for path in files:
+        if path.suffix == ".onnx":
+            return f"no weights of a Hugging Face model, but ONNX: give the file, {path}"
+        if path.suffix == ".gguf":
+            return f"{path.name} is a GGUF file; give the Hugging Face model's folder, or an ONNX export of it"
+    return "" if (folder / "config.json").is_file() else "no Hugging Face model: it has no config.json"
 
 
 def missing_weights(model: onnx.ModelProto) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from river_compile.errors import InputError, MissingExtra
+from river_compile.exporters.onnx.file_problems import problem_of_folder
 from river_compile.exporters.onnx.tracing import (
     CachedDecoder,
     attention_forms,
@@ -29,17 +30,40 @@ def load_decoder(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Mod
 
     Raises:
         MissingExtra: transformers is not installed.
-        InputError: there is no such model, or it is no causal language model.
+        InputError: there is no such model, it is no causal language model, it is quantized already, or some of its
+            weights are missing.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise MissingExtra("transformers", "hf", "reading a Hugging Face model") from error
+    if why := problem_of_folder(Path(folder)):
+        raise InputError(f"{folder}: not a causal language model: {why}")
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto")
+        config = AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: not a causal language model: {str(error).splitlines()[0]}") from error
-    return model.eval()
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{folder}: an encoder-decoder model ({config.model_type}); export its decoder to ONNX, with past key "
+            "values, and give that file"
+        )
+    quantized = getattr(config, "quantization_config", None)
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype or "auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if quantized:
+            raise InputError(f"{folder}: already quantized ({method}), so start from the float model") from error
+        problem = f"a {config.model_type!r} model that cannot be loaded as one: {str(error).splitlines()[0]}"
+        raise InputError(f"{folder}: not a causal language model, or {problem}") from error
+    model, found = loaded
+    if getattr(model, "is_quantized", False):
+        raise InputError(f"{folder}: already quantized ({method}), so start from the float model")
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{folder}: {len(missing)} weights of the model are missing, such as {missing[0]}")
+    decoder: nn.Module = model.eval()
+    return decoder
 
 
 def export_decoder(model: nn.Module, path: Path, opset: int = MIN_OPSET) -> None:

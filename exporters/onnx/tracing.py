@@ -96,6 +96,8 @@ def _example_past(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     try:
         with torch.no_grad():
             cache = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+        if cache is None:
+            raise InputError("the model keeps no KV cache: it is an encoder, or set up as one")
         shapes = [(layer.keys, layer.values) for layer in cache.layers]
     except (AttributeError, TypeError) as error:
         raise InputError(f"the model keeps no KV cache of a key and a value a layer: {error}") from error

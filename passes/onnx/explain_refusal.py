@@ -7,20 +7,21 @@ from collections.abc import Iterable, Sequence
 import onnx
 import onnx_graphsurgeon as gs
 
-from river_compile.passes.anatomy import CacheSlot
+from river_compile.passes.anatomy import CacheSlot, Layer
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 from river_compile.passes.onnx.linear import QUANTIZED_OPS, constant_root, quantized_by
+from river_compile.passes.onnx.residual_stream import ancestors
 
-__all__ = ["explain_no_layers", "explain_no_linears"]
+__all__ = ["caches_elsewhere", "explain_no_layers", "explain_no_linears"]
 
 _GENERATION = {"BeamSearch", "GreedySearch", "Sampling", "WhisperBeamSearch", "Loop", "Scan"}
 _ATTENTION = {"Softmax", "Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention", "SparseAttention"}
+_PRODUCTS = {*QUANTIZED_OPS, "Attention", "Einsum", "FusedMatMul", "Gemm", "MatMul"}
 _INDEX_OPS = {"Cast", "Clip", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Where"}
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 _PLAIN = "decoder_with_past_model.onnx or model.onnx"
 _NO_CACHE = "the model has no KV cache in its signature"
 _CACHE_RANK = 4
-_HIDDEN_RANK = 3
 
 
 def explain_no_layers(graph: OnnxGraph, caches: Sequence[CacheSlot]) -> str:
@@ -29,7 +30,7 @@ def explain_no_layers(graph: OnnxGraph, caches: Sequence[CacheSlot]) -> str:
     Args:
         caches: the cache slots that were found along its residual stream.
     """
-    for rule in (_within_one_node, _encoder_decoder, _stacked):
+    for rule in (_within_one_node, _stacked):
         if why := rule(graph):
             return why
     if not caches:
@@ -53,6 +54,18 @@ def explain_no_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node]) -
     return "it has no linear layer with a constant float weight"
 
 
+def caches_elsewhere(graph: OnnxGraph, uses: Uses, layers: Sequence[Layer]) -> list[str]:
+    """Outputs that hold caches as well, computed with weights, and not by the decoder layers: another decoder's."""
+    written = {name for layer in layers for name in layer.outputs}
+    found = []
+    for value in graph.outputs:
+        if _is_float(value) and _is_cache(value) and value.name not in written:
+            above = ancestors(value.name, uses)
+            if any(id(node) in above and node.op in _PRODUCTS for node in graph.nodes):
+                found.append(value.name)
+    return found
+
+
 def _within_one_node(graph: OnnxGraph) -> str:
     """A generation loop, or an If on whether there is a past: most of the model lies within one node."""
     total = _count(graph.nodes)
@@ -70,20 +83,6 @@ def _within_one_node(graph: OnnxGraph) -> str:
                 f"a merged decoder: the model with a past and the one without are branches of one If on "
                 f"{node.inputs[0].name!r}; take {_PLAIN} of an export that was not merged"
             )
-    return ""
-
-
-def _encoder_decoder(graph: OnnxGraph) -> str:
-    """A hidden state from outside that layer after layer attends to, or a cache of it that no output continues."""
-    uses = Uses(graph.nodes)
-    outer = [value for value in _given(graph) if _is_float(value)]
-    if not any(_is_cache(value) for value in [*outer, *graph.outputs]):
-        return ""
-    for value in outer:
-        readers = [node for node in uses.readers.get(value.name, ()) if node.op in ("MatMul", "Gemm", "MatMulNBits")]
-        told = any(word in value.name.lower() for word in ("encoder", "cross"))
-        if told or (_rank(value) == _HIDDEN_RANK and len(readers) > _HIDDEN_RANK):
-            return f"the decoder of an encoder-decoder model (it reads {value.name!r}); give a decoder-only model"
     return ""
 
 
@@ -108,7 +107,7 @@ def _no_cache(graph: OnnxGraph) -> str:
             f"the model writes a KV cache ({caches[0]!r}, ...) and takes none, the prompt's half of a decoder: take "
             f"{_PLAIN} with past key values as inputs"
         )
-    if not any(node.op in (*QUANTIZED_OPS, "MatMul", "Gemm", "Attention") for node in graph.nodes):
+    if not any(node.op in _PRODUCTS for node in graph.nodes):
         return f"{_NO_CACHE} and no linear layer: a piece of a model, such as its embeddings; give the decoder"
     floats = [value.name for value in given if _is_float(value)]
     if floats and not _embeds(graph):
@@ -152,10 +151,5 @@ def _is_float(value: onnx.ValueInfoProto) -> bool:
 
 
 def _is_cache(value: onnx.ValueInfoProto) -> bool:
-    """Whether a tensor of the signature has the rank of a cache and, unlike an image, a length that varies."""
-    dims = value.type.tensor_type.shape.dim
-    return len(dims) >= _CACHE_RANK
-
-
-def _rank(value: onnx.ValueInfoProto) -> int:
-    return len(value.type.tensor_type.shape.dim)
+    """Whether a tensor of the signature has the rank of a cache."""
+    return len(value.type.tensor_type.shape.dim) >= _CACHE_RANK

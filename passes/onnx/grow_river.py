@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import LayersNotFound
-from river_compile.passes.onnx.explain_refusal import explain_no_linears
+from river_compile.passes.onnx.explain_refusal import caches_elsewhere, explain_no_linears
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 from river_compile.passes.onnx.linear import Linear, find_linears, float_type, quantized_by
@@ -83,6 +83,7 @@ class River:
         kept: by layer index, why a layer has no twin.
         unused: patterns of the config's ``bits_for`` that match no linear layer.
         partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
+        elsewhere: outputs that hold caches as well, and that none of the decoder layers writes.
         mixed: layers some of whose linear layers are quantized already, by the operators that do it.
     """
 
@@ -92,6 +93,7 @@ class River:
     head_twin: tuple[list[gs.Node], list[gs.Node]] | None = None
     kept: dict[int, str] = field(default_factory=dict)
     partial: list[int] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     mixed: dict[str, list[int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
@@ -130,6 +132,9 @@ class River:
         if self.partial:
             why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
             lines.append(f"{why}: layers {_ranges(self.partial)}")
+        if self.elsewhere:
+            names = _some(self.elsewhere, "caches")
+            lines.append(f"no layer of the one decoder that has a river writes: {names}")
         for found, layers in self.mixed.items():
             lines.append(f"already quantized in part ({found}), which stays as it is: layers {_ranges(layers)}")
         lines += [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
@@ -215,6 +220,7 @@ def plan_river(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig) -> River
     if not river.linears and len(kept) < len(anatomy.layers):
         why = next(why for index, why in river.kept.items() if index not in kept)
         raise LayersNotFound(f"no decoder layer can be given a river twin: {why}")
+    river.elsewhere = caches_elsewhere(graph, uses, anatomy.layers)
     names = {name for linear in river.linears for name in _names(linear.source, linear.layer)}
     for pattern, _ in config.bits_for:
         if not fnmatch.filter(names, pattern):
@@ -351,5 +357,5 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} linear layers, such as {names[0]}"
+def _some(names: Sequence[str], what: str = "linear layers") -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} {what}, such as {names[0]}"

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from river_compile.passes.anatomy import CacheSlot
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
 
-__all__ = ["Segment", "Stream", "find_stream"]
+__all__ = ["Segment", "Stream", "ancestors", "find_stream"]
 
 _SHAPE_ONLY = {"Shape", "Size"}
 _PRODUCTS = {"MatMul", "Gemm", "Einsum", "Conv"}
@@ -56,9 +56,9 @@ def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     Ensures: every node that lies on a path from the stream's source to its sink is in exactly one segment.
     """
     sink = _deepest_output(graph)
-    ancestors = _ancestors(sink, uses)
-    sources = _sources(graph, ancestors)
-    streams = [_stream(graph, uses, *_chain(source, sink, ancestors, uses)) for source in sources]
+    above = ancestors(sink, uses)
+    sources = _sources(graph, above)
+    streams = [_stream(graph, uses, *_chain(source, sink, above, uses)) for source in sources]
     return max(
         streams,
         key=lambda stream: (sum(len(segment.caches) for segment in stream.segments), len(stream.segments)),
@@ -66,7 +66,7 @@ def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     )
 
 
-def _sources(graph: OnnxGraph, ancestors: set[int]) -> list[str]:
+def _sources(graph: OnnxGraph, above: set[int]) -> list[str]:
     """The inputs that tokens may come in by: those on which the most products depend.
 
     A weight that is an input (LoRA), a mask or a cache is no source: whatever product depends on it depends on the
@@ -74,7 +74,7 @@ def _sources(graph: OnnxGraph, ancestors: set[int]) -> list[str]:
     """
     reached: dict[str, int] = {}
     for index, node in enumerate(reversed(graph.nodes)):
-        if id(node) in ancestors:
+        if id(node) in above:
             products = 1 << index if _multiplies(graph, node) else 0
             for output in node.outputs:
                 products |= reached.get(output.name, 0)
@@ -118,8 +118,8 @@ def _deepest_output(graph: OnnxGraph) -> str:
     return max((value.name for value in graph.outputs), key=lambda name: depth.get(name, 0))
 
 
-def _ancestors(sink: str, uses: Uses) -> set[int]:
-    """Ids of all nodes that the sink depends on, other than by a shape."""
+def ancestors(sink: str, uses: Uses) -> set[int]:
+    """Ids of all nodes that a tensor depends on, other than by a shape."""
     found: set[int] = set()
     open_names = [sink]
     while open_names:
@@ -131,13 +131,13 @@ def _ancestors(sink: str, uses: Uses) -> set[int]:
     return found
 
 
-def _chain(source: str, sink: str, ancestors: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
+def _chain(source: str, sink: str, above: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
     """All tensors that every path from source to sink passes, and the nodes on those paths, in order."""
     on_path: dict[int, gs.Node] = {}
     open_names = [source]
     while open_names:
         for node in uses.readers.get(open_names.pop(), ()):
-            if id(node) in ancestors and id(node) not in on_path:
+            if id(node) in above and id(node) not in on_path:
                 on_path[id(node)] = node
                 open_names += [output.name for output in node.outputs]
     nodes = sorted(on_path.values(), key=lambda node: uses.position[id(node)])

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.compose
 import pytest
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from river_compile.api import export, plan
+from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from tests.contrib_model import ContribDecoder
 from tests.families import VOCABULARY
-from tests.oracle import session
+from tests.oracle import Player, assert_close, session
 
 _CONTRIB = "com.microsoft"
+# ONNX Runtime's tools infer no types behind its own operators.
+_UNKNOWN = {"DefaultTensorType": TensorProto.FLOAT}
 
 
 @pytest.fixture
@@ -222,3 +227,117 @@ def test_a_table_of_embeddings(refused: Refused) -> None:
     )
     why = refused(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
     assert "no linear layer: a piece of a model, such as its embeddings" in why
+
+
+@pytest.mark.parametrize("kind", ("dynamic", "QDQ", "by hand"))
+def test_a_quantized_model(model: ModelProto, refused: Refused, kind: str, tmp_path: Path) -> None:
+    operators = {"dynamic": "MatMulInteger", "QDQ": "DequantizeLinear", "by hand": "Cast"}
+    why = refused(_quantized(model, kind, tmp_path, ""))
+    assert why.endswith(f"already quantized ({operators[kind]}), so start from the float model")
+
+
+@pytest.mark.parametrize("kind", ("dynamic", "QDQ", "by hand"))
+def test_a_model_quantized_in_part_gets_its_river_and_stays_what_it_is(
+    model: ModelProto, kind: str, tmp_path: Path
+) -> None:
+    mixed, river = tmp_path / "mixed.onnx", tmp_path / "out.onnx"
+    onnx.save(_quantized(model, kind, tmp_path, "mlp"), mixed)
+    report = export(mixed, river, RiverConfig(tau=2.0))
+    assert (report.layers, report.river_layers) == (3, 3)
+    assert "already quantized in part" in report.notes[0]
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, 7))
+    expected = Player(session(mixed), 2).step(ids)
+    assert_close(Player(session(river), 2).step(ids), expected)
+    quantized = Player(session(river), 2).step(ids, max_depth=0)["logits"]
+    assert 0 < np.abs(quantized - expected["logits"]).max() < 0.5 * np.ptp(expected["logits"])
+
+
+def test_little_that_is_float_is_not_worth_a_twin(tmp_path: Path, refused: Refused) -> None:
+    """Such as an adapter beside quantized weights."""
+    path = ContribDecoder(quantized=(0, 1, 2), width=128, heads=8, ffn=512).save(tmp_path / "plain.onnx")
+    model = onnx.load(path)
+    for index in range(3):
+        scope = f"/model/layers.{index}/mlp/down_proj"
+        node = next(node for node in model.graph.node if node.name == f"{scope}/MatMulNBits")
+        place = list(model.graph.node).index(node)
+        for name, shape in (("a", (512, 4)), ("b", (4, 128))):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), f"{scope}/{name}"))
+        result = node.output[0]
+        node.output[0] = f"{scope}/base"
+        for op, operands, made in (
+            ("Add", [f"{scope}/base", f"{scope}/out_b"], result),
+            ("MatMul", [f"{scope}/out_a", f"{scope}/b"], f"{scope}/out_b"),
+            ("MatMul", [node.input[0], f"{scope}/a"], f"{scope}/out_a"),
+        ):
+            model.graph.node.insert(place + 1, helper.make_node(op, operands, [made], f"{made}/{op}"))
+    assert "already quantized (MatMulNBits)" in refused(model)
+
+
+def _quantized(model: ModelProto, kind: str, folder: Path, part: str) -> ModelProto:
+    """The model with the linear layers of one part of each layer quantized, as ONNX Runtime's tools or by hand."""
+    names = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    others = [name for name in names if part not in name]
+    source, target = folder / "float.onnx", folder / "quantized.onnx"
+    onnx.save(model, source)
+    if kind == "by hand":
+        _round(model, set(names) - set(others))
+        return model
+    if kind == "dynamic":
+        quantize_dynamic(source, target, nodes_to_exclude=others, extra_options=_UNKNOWN)
+    else:
+        settings = {"op_types_to_quantize": ["MatMul"], "nodes_to_exclude": others, "weight_type": QuantType.QInt8}
+        settings["extra_options"] = _UNKNOWN
+        quantize_static(source, target, _Reader(source), quant_format=QuantFormat[kind], **settings)
+    return onnx.load(target)
+
+
+def _round(model: ModelProto, names: set[str]) -> None:
+    """Weights as int8, cast and scaled in the graph."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.name in names]:
+        weight = onnx.numpy_helper.to_array(tensors[node.input[1]])
+        scale = np.abs(weight).max() / 127
+        name = node.input[1]
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(np.round(weight / scale).astype(np.int8), name))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}/scale"))
+        node.input[1] = f"{name}/scaled"
+        model.graph.node.insert(0, helper.make_node("Mul", [f"{name}/cast", f"{name}/scale"], [f"{name}/scaled"]))
+        model.graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}/cast"], to=TensorProto.FLOAT))
+
+
+class _Reader(CalibrationDataReader):
+    """One batch to calibrate with."""
+
+    def __init__(self, path: Path) -> None:
+        past = np.random.default_rng(0).standard_normal((1, 2, 5, 16)).astype(np.float32)
+        names = [value.name for value in _caches(onnx.load(path).graph.input)]
+        ids = {"input_ids": np.arange(3)[None], "attention_mask": np.ones((1, 8), np.int64)}
+        self._batches = [ids | dict.fromkeys(names, past)]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return self._batches.pop() if self._batches else None
+
+
+def test_a_second_decoder_is_told_of(model: ModelProto, tmp_path: Path) -> None:
+    """Two decoders side by side: the deeper has a river, the other stays as it is."""
+    shared = [value for value in model.graph.input if value.name in ("input_ids", "attention_mask")]
+    small = onnx.load(ContribDecoder(layers=2).save(tmp_path / "small.onnx"))
+    other = onnx.compose.add_prefix(small, "other/")
+    names = {f"other/{value.name}": value.name for value in shared}
+    for node in other.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    inputs = [*model.graph.input, *(value for value in other.graph.input if value.name not in names)]
+    both = _changed(
+        model,
+        [*model.graph.node, *other.graph.node],
+        inputs,
+        [*model.graph.output, *other.graph.output],
+        [*model.graph.initializer, *other.graph.initializer],
+    )
+    path = tmp_path / "both.onnx"
+    onnx.save(both, path)
+    session(path)
+    report = export(path, tmp_path / "out.onnx")
+    assert report.river_layers == 3
+    why = "no layer of the one decoder that has a river writes: 4 caches, such as other/present.0.key"
+    assert report.notes == (why,)
