@@ -120,6 +120,7 @@ def export(
     *,
     tuning: TuningTexts | None = None,
     progress: Progress | None = None,
+    check: bool = True,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
 
@@ -130,6 +131,8 @@ def export(
         config: the settings; the defaults if None.
         tuning: texts for a quantizer that asks for them, and a budget of bits or fidelity to plan bit widths by.
         progress: is told the step and how much of how much of it is done.
+        check: look at the result before it takes its name: ONNX's checker, and one tiny pass in ONNX Runtime beside the
+            original. Files that fail are not written.
 
     Returns:
         What was found and made.
@@ -138,8 +141,10 @@ def export(
         InputError: the source cannot be used; nothing is written.
         ConfigError: the settings do not fit the model, or the quantizer needs tuning texts and there are none.
         MissingExtra: onnxruntime (the quantizer) or transformers is needed and not installed.
+        PassError: the result failed the check; it names the passes that ran, the culprit last.
     """
     from river_compile.exporters.onnx import onnx_file, rewrite
+    from river_compile.exporters.onnx.check import check_result
     from river_compile.exporters.onnx.moments import Moments
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
@@ -176,14 +181,28 @@ def export(
         if config.calibration is not None:
             _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
         rewritten = time.perf_counter()
+        notes = list(result.river.notes)
+        checking = 0.0
+
+        def look(written: Path) -> None:
+            nonlocal checking
+            begun = time.perf_counter()
+            progress("check", 0, 1)
+            notes.extend(check_result(written, source, result))
+            progress("check", 1, 1)
+            checking = time.perf_counter() - begun
+
         onnx_file.save(
             result.model,
             target,
             source.parent,
             config.external_data,
             lambda done, total: progress("write", done, total),
+            look if check else lambda written: None,
         )
-        seconds = result.seconds | {"write": time.perf_counter() - rewritten, "total": time.perf_counter() - started}
+        ended = time.perf_counter()
+        seconds = result.seconds | {"write": ended - rewritten - checking}
+        seconds |= ({"check": checking} if check else {}) | {"total": ended - started}
     return ExportReport(
         source=label,
         output=str(target),
@@ -197,7 +216,7 @@ def export(
         added_nodes=result.added_nodes,
         quantizer=chosen.name,
         average_bits=result.river.average_bits,
-        notes=tuple(result.river.notes),
+        notes=tuple(notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
 

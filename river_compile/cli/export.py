@@ -162,6 +162,12 @@ def _choice(values: tuple[object, ...]) -> click.Choice[str]:
     default=None,
     help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
 )
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Before anything is kept: ONNX's checker, and a tiny pass in ONNX Runtime beside the original.",
+)
 @engine_options
 @click.option("--dry-run", is_flag=True, help="Show the decoder's anatomy and the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -191,6 +197,7 @@ def main(
     sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
+    check: bool,
     target: str,
     engine: Path | None,
     max_batch: int,
@@ -261,7 +268,7 @@ def main(
         else:
             planned = None
             tuning = _tuning(model, config, tokenizer, tuning_texts, avg_bits, max_kl, sensitivity)
-            report = export(model, output, config, tuning=tuning, progress=progress)
+            report = export(model, output, config, tuning=tuning, progress=progress, check=check)
             text = report.to_json()
     if as_json:
         click.echo(text)
