@@ -161,6 +161,7 @@ def export(
     tuning: TuningTexts | None = None,
     quality: QualityTexts | None = None,
     progress: Progress | None = None,
+    check: bool = True,
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
 
@@ -173,6 +174,8 @@ def export(
         quality: texts to compare the new river with its backbone on; the outcome goes into the report and into the
             model's metadata, ``river.agreement``. None: it is not compared.
         progress: is told the step and how much of how much of it is done.
+        check: look at the result before it takes its name: ONNX's checker, and one tiny pass in ONNX Runtime beside the
+            original. Files that fail are not written.
 
     Returns:
         What was found and made.
@@ -181,8 +184,10 @@ def export(
         InputError: the source cannot be used; nothing is written.
         ConfigError: the settings do not fit the model, or the quantizer needs tuning texts and there are none.
         MissingExtra: onnxruntime (the quantizer) or transformers is needed and not installed.
+        PassError: the result failed the check; it names the passes that ran, the culprit last.
     """
     from river_compile.exporters.onnx import onnx_file, rewrite
+    from river_compile.exporters.onnx.check import check_result
     from river_compile.exporters.onnx.moments import Moments
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
@@ -226,17 +231,21 @@ def export(
         if config.calibration is not None:
             with steps("check calibration"):
                 _check_calibration(str(config.calibration), onnx_file.fingerprint(result.model, source.parent))
+        notes = list(result.river.notes)
+
+        def look(written: Path) -> None:
+            if check:
+                with steps("check"):
+                    notes.extend(check_result(written, source, result))
+
         with steps("write", pieces=True):
-            onnx_file.save(result.model, target, source.parent, config.external_data, partial(progress, "write"))
-    agreement, notes = None, list(result.river.notes)
+            writing = partial(progress, "write")
+            onnx_file.save(result.model, target, source.parent, config.external_data, writing, look)
+    steps.seconds["write"] -= steps.seconds.get("check", 0.0)
+    agreement = None
     if quality is not None:
         with steps("measure agreement", pieces=True):
-            try:
-                agreement = quality.measured(target, config, progress)
-                onnx_file.note(target, {"river.agreement": json.dumps(asdict(agreement))})
-            except RiverError as error:
-                # The model is written, and nothing is wrong with it.
-                notes.append(f"agreement not measured: {error}")
+            agreement = _agreement(quality, target, config, progress, notes)
     seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
         source=label,
@@ -281,6 +290,21 @@ class _Steps:
         self.seconds[step] = time.perf_counter() - started
         if not pieces:
             self._progress(step, 1, 1)
+
+
+def _agreement(
+    quality: QualityTexts, target: Path, config: RiverConfig, progress: Progress, notes: list[str]
+) -> Agreement | None:
+    """What was measured, noted in the model as well; why it was not goes into the notes: the model is written."""
+    from river_compile.exporters.onnx import onnx_file
+
+    try:
+        agreement = quality.measured(target, config, progress)
+        onnx_file.note(target, {"river.agreement": json.dumps(asdict(agreement))})
+    except RiverError as error:
+        notes.append(f"agreement not measured: {error}")
+        return None
+    return agreement
 
 
 def _check_calibration(text: str, fingerprint: str) -> None:

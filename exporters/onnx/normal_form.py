@@ -14,7 +14,7 @@ from onnx.external_data_helper import uses_external_data
 from river_compile.errors import InputError
 from river_compile.passes.onnx.external_data import tensor_values
 
-__all__ = ["MIN_OPSET", "normal_form", "opset_of", "raise_opset"]
+__all__ = ["MIN_OPSET", "normal_form", "opset_of", "raise_opset", "without_weights"]
 
 MIN_OPSET = 13
 """The first in which axes are operands, as the passes write them."""
@@ -22,7 +22,7 @@ MIN_OPSET = 13
 _MIN_IR = 4
 _SMALL = 1024
 _STANDARD = ("", "ai.onnx")
-# For operators that ONNX Runtime has in the standard domain and ONNX has not: the converter leaves other domains alone.
+# ONNX's tools leave other domains alone.
 _HIDDEN = "river.hidden"
 
 
@@ -66,11 +66,7 @@ def raise_opset(model: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelPro
     before = opset_of(model)
     if before >= opset:
         return model
-    bare = _without_weights(model)
-    for node in _nodes(bare.graph):
-        if node.domain in _STANDARD and not _has(node.op_type, before):
-            node.domain = _HIDDEN
-    bare.opset_import.add(domain=_HIDDEN, version=1)
+    bare = without_weights(model)
     try:
         converted: onnx.ModelProto = onnx.version_converter.convert_version(bare, opset)
     except Exception as error:
@@ -121,8 +117,12 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that has inputs for all initializers but small ones, whose values the converter may ask for."""
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for ONNX's own tools.
+
+    It has inputs for all initializers but small ones, whose values they may ask for, and a domain of its own for
+    operators that a runtime has in the standard one and ONNX, at this opset, has not.
+    """
     bare = onnx.ModelProto()
     for source, copy, left_out in ((model, bare, "graph"), (model.graph, bare.graph, "initializer")):
         for field, value in source.ListFields():
@@ -139,6 +139,11 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
         elif tensor.name not in listed:
             value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             bare.graph.input.append(value)
+    opset = opset_of(model)
+    for node in _nodes(bare.graph):
+        if node.domain in _STANDARD and not _has(node.op_type, opset):
+            node.domain = _HIDDEN
+    bare.opset_import.add(domain=_HIDDEN, version=1)
     return bare
 
 

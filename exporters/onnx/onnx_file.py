@@ -179,6 +179,7 @@ def save(
     folder: Path | None,
     external: bool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    check: Callable[[Path], None] = lambda written: None,
 ) -> list[Path]:
     """Write a model under a temporary name, then rename it: it is there whole or not at all.
 
@@ -186,6 +187,7 @@ def save(
         model: its external tensors point into ``folder`` and are streamed from there. It is changed by this call.
         external: whether weights go into ``<name>.data`` beside the model; None: when they are over 1 GB in all.
         progress: is told bytes done and bytes in all.
+        check: is told the temporary name when all is written; what it raises leaves the target as it was.
 
     Returns:
         The files written, the model first.
@@ -209,6 +211,7 @@ def save(
             with open(stage / data_name, "wb") as sink:
                 _stream(model, sink, data_name, folder, lambda done: progress(done, total))
         _write(model, stage / path.name)
+        check(stage / path.name)
         names = [data_name, path.name] if external else [path.name]
         if external:
             # An old model must not meet the new weights, not even for a moment.

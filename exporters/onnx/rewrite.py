@@ -18,7 +18,7 @@ from river_compile.exporters.onnx.onnx_file import CALIBRATION, RIVER_CONFIG
 from river_compile.passes.onnx.external_data import tensor_bytes
 from river_compile.passes.onnx.find_layers import Anatomy, find_layers
 from river_compile.passes.onnx.fit_opset import fit_opset, opset_problems
-from river_compile.passes.onnx.graph import OnnxGraph, export_model, import_model
+from river_compile.passes.onnx.graph import OnnxGraph, bodies, export_model, import_model
 from river_compile.passes.onnx.grow_river import LinearLowering, River, grow_river, plan_river
 from river_compile.passes.onnx.insert_exits import exit_points, insert_exits
 from river_compile.passes.onnx.share_head import share_head
@@ -37,7 +37,12 @@ Finish = Callable[[OnnxGraph, Anatomy], object]
 
 @dataclass
 class Rewrite:
-    """The rewritten model, what the passes found and made, and wall time by pass, its check included."""
+    """The rewritten model and what the passes found and made.
+
+    Fields:
+        made_by: by the name of each node that is not the source's, the pass that made it.
+        seconds: by the name of each pass, in their order, the time it took, its check included.
+    """
 
     model: onnx.ModelProto
     anatomy: Anatomy
@@ -45,6 +50,7 @@ class Rewrite:
     exit_points: tuple[int, ...]
     backbone_bytes: int
     added_nodes: int
+    made_by: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,6 +101,7 @@ def rewrite(
         RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
     """
     nodes_before = len(model.graph.node)
+    made_by = {node.name: "" for node in model.graph.node}
     backbone_bytes = sum(map(tensor_bytes, model.graph.initializer))
     seconds: dict[str, float] = {}
     ran: list[str] = []
@@ -102,6 +109,9 @@ def rewrite(
     def after(name: str, started: float) -> None:
         ran.append(name)
         fit_opset(graph)
+        for nodes in bodies(graph.nodes):
+            for node in nodes:
+                made_by.setdefault(node.name, name)
         verify(graph, original, anatomy, ran)
         if config.dump_dir is not None:
             _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
@@ -113,6 +123,7 @@ def rewrite(
     after("find_layers", started)
     started = time.perf_counter()
     river = grow_river(graph, anatomy, config, quantizer, lowering, progress, moments)
+    made_by |= {node.name: "grow_river" for twin in river.twins.values() for node in twin.river}
     after("grow_river", started)
     started = time.perf_counter()
     branches = share_kv(graph, anatomy, river, config.max_depth)
@@ -139,8 +150,9 @@ def rewrite(
     rewritten = export_model(graph)
     _forget_shapes(rewritten.graph)
     added = count_nodes(rewritten.graph) - nodes_before
+    made_by = {name: maker for name, maker in made_by.items() if name and maker}
     seconds["assemble"] = time.perf_counter() - started
-    return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, seconds)
+    return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, made_by, seconds)
 
 
 def _name(step: object) -> str:

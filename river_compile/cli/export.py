@@ -159,6 +159,12 @@ def _bits_for(
     default=None,
     help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
 )
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Before anything is kept: ONNX's checker, and a tiny pass in ONNX Runtime beside the original.",
+)
 @engine_options
 @click.option("--dry-run", is_flag=True, help="Show the decoder's anatomy and the plan; write nothing.")
 @json_option("Print the report as JSON.")
@@ -189,6 +195,7 @@ def main(
     sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
+    check: bool,
     target: str,
     engine: Path | None,
     max_batch: int,
@@ -260,7 +267,7 @@ def main(
             planned = None
             tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
             quality = None if no_quality else _quality(model, tokenizer, chat)
-            report = export(model, output, config, tuning=tuning, quality=quality, progress=progress)
+            report = export(model, output, config, tuning=tuning, quality=quality, progress=progress, check=check)
             text = report.to_json()
     if as_json:
         click.echo(text)
