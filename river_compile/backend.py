@@ -435,4 +435,4 @@ def _latest_of(model: torch.nn.Module) -> list[State]:
     return [state for state in states if state.config == states[-1].config]
 
 
-generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend))
+generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states)
