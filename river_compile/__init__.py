@@ -8,7 +8,7 @@ from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
-    from river_compile.backend import RiverBackend, reset_stats, set_max_depth, set_tau, stats, tune
+    from river_compile.backend import RiverBackend, refresh, reset_stats, set_max_depth, set_tau, stats, tune
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "export",
     "plan",
+    "refresh",
     "reset_stats",
     "set_max_depth",
     "set_tau",
@@ -51,6 +52,7 @@ _HOME = {
     "evaluate": "measure.evaluation",
     "export": "api",
     "plan": "api",
+    "refresh": "backend",
     "reset_stats": "backend",
     "set_max_depth": "backend",
     "set_tau": "backend",

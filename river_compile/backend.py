@@ -21,8 +21,9 @@ from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.single_row import lower_single_rows
+from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module
 from river_compile.exporters.torch.tuning import Tuned, tune_weights
-from river_compile.exporters.torch.weights import GraphWeights, Store
+from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
@@ -33,13 +34,26 @@ from river_compile.passes.fx.verify import verify
 from river_compile.passes.quantizer import ActivationAware
 from river_compile.statistics import Stats
 
-__all__ = ["RiverBackend", "reset_stats", "river", "set_max_depth", "set_tau", "stats", "tune", "tuned_digest"]
+__all__ = [
+    "RiverBackend",
+    "refresh",
+    "reset_stats",
+    "river",
+    "set_max_depth",
+    "set_tau",
+    "stats",
+    "tune",
+    "tuned_digest",
+]
 
 Compiled = Callable[..., Any]
 
 
-class RiverBackend:
-    """A backend for ``torch.compile``, with the state of the models compiled by it.
+class RiverBackend(State):
+    """A backend for ``torch.compile``, and the state of what is compiled by it.
+
+    Models compiled by one such object share settings and counts; each has a river of its own. Models compiled by the
+    name "river" share nothing.
 
     Args:
         config: the settings; the defaults if None.
@@ -48,6 +62,7 @@ class RiverBackend:
         store: where river weights are held; backends that share one hold each weight once. One of its own if None,
             with what `tune` has made.
         recorder: makes, for a device, what records decode passes if ``cuda_graphs`` is set; CUDA graphs if None.
+        state_of: the state of the model with some weights; this object's if None.
     """
 
     def __init__(
@@ -58,25 +73,30 @@ class RiverBackend:
         compiler: Callable[[fx.GraphModule, Sequence[Any]], Compiled] | None = None,
         store: Store | None = None,
         recorder: Callable[[torch.device], Recorder] | None = None,
+        state_of: Callable[[Sequence[torch.Tensor]], State] | None = None,
     ) -> None:
-        self.config = config or RiverConfig()
-        self.tau: float = self.config.tau
-        self.tau_offsets: tuple[float, ...] | None = self.config.tau_offsets
-        self.max_depth: int | None = self.config.max_depth
-        self.decode_depths: Counter[int] = Counter()
-        self.prefill_depths: Counter[int] = Counter()
-        self.unrecorded: Counter[str] = Counter()
-        self._recorder = recorder
-        self._lowering = lowering
+        super().__init__(config or RiverConfig(), store if store is not None else Store(_tuned))
+        self._recorder, self._lowering, self._compiler = recorder, lowering, compiler
         self._artifacts = Artifacts(compiler or seam.compile_piece)
         self._compile_whole = compiler or seam.compile_whole
-        self._store = store if store is not None else Store(_registry.tuned)
-        self._parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
-        self._replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
-        self._fallbacks: Counter[str] = Counter()
-        self._notes: dict[str, None] = {}
-        self._layers = self._river_layers = self._graphs = 0
-        self._seconds = 0.0
+        self._state_of = state_of or self._own_state
+        self._dumped = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RiverBackend:
+        """A backend like this one, for a copy of a model: nothing counted, with the settings of now."""
+        copied = RiverBackend(
+            self.config,
+            lowering=self._lowering,
+            compiler=self._compiler,
+            store=self.store,
+            recorder=self._recorder,
+        )
+        copied.tau, copied.tau_offsets, copied.max_depth = self.tau, self.tau_offsets, self.max_depth
+        return copied
+
+    def _own_state(self, parameters: Sequence[torch.Tensor]) -> State:
+        _states.bind(parameters, self, calling_module())
+        return self
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile one graph: with a river, or as plain Inductor does, warning once why.
@@ -85,7 +105,7 @@ class RiverBackend:
         """
         started = time.perf_counter()
         try:
-            return self._with_river(module, inputs)
+            return self._with_river(module, inputs, started)
         except ConfigError as error:
             return _raising(error)
         except RiverError as error:
@@ -96,45 +116,22 @@ class RiverBackend:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return self._fall_back(module, inputs, InputError(f"the passes failed with {reason}"))
-        finally:
-            self._seconds += time.perf_counter() - started
 
     def stats(self) -> Stats:
         """What was compiled and done until now."""
-        parameters = list(self._parameters.keys())
-        return Stats(
-            layers=self._layers,
-            river_layers=self._river_layers,
-            decode_depths=dict(sorted(self.decode_depths.items())),
-            prefill_depths=dict(sorted(self.prefill_depths.items())),
-            graphs=self._graphs,
-            artifacts=len(self._artifacts),
-            compile_seconds=self._seconds,
-            backbone_bytes=sum(parameter.nbytes for parameter in parameters),
-            replaced_bytes=sum(parameter.nbytes for parameter in list(self._replaced.keys())),
-            river_bytes=self._store.nbytes(parameters),
-            notes=(
-                *self._notes,
-                *(f"runs without CUDA graphs, {n} graphs: {why}" for why, n in self.unrecorded.items()),
-            ),
-            fallbacks=dict(self._fallbacks),
-        )
+        return _stats([self])
 
-    def owns(self, parameter: torch.Tensor) -> bool:
-        """Whether a graph with this parameter was compiled by this backend."""
-        return parameter in self._parameters
-
-    def _with_river(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def _with_river(self, module: fx.GraphModule, inputs: Sequence[Any], started: float) -> Compiled:
         graph, parameters = self._import(module, inputs)
         anatomy = find_layers(graph)
         verify(graph, anatomy, ["find_layers"])
         self._check(len(anatomy.layers))
         device, decode, rows = _place_of_work(graph, anatomy)
         lowering = self._lowering or lowering_for(device)
-        weights = GraphWeights(self._store, parameters, lowering, quantizer(self.config.quantizer))
+        quantized = Quantized(self.store, lowering, quantizer(self.config.quantizer))
         grown = River()
         if decode or self._wants_river_prefill(rows, lowering):
-            grown = grow_river(graph, anatomy, self.config, weights)
+            grown = grow_river(graph, anatomy, self.config, GraphWeights(quantized, parameters))
             verify(graph, anatomy, ["find_layers", "grow_river"], grown)
         plan = share_kv(graph, anatomy, grown)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
@@ -144,16 +141,17 @@ class RiverBackend:
             for piece in (*plan.pieces, *(twin.river for twin in plan.twins.values())):
                 lower_single_rows(piece, list(parameters))
         if self.config.dump_dir is not None:
-            _dump(self.config, graph, plan, self._graphs)
-        recorder = self._recorder_for(device)
-        dispatcher = Dispatcher(graph, anatomy, plan, points, weights, self, self._artifacts, recorder)
-        self._layers = len(anatomy.layers)
-        self._river_layers = max(self._river_layers, len(grown.twins))
-        self._graphs += 1
-        for linear in grown.linears:
-            if linear.bits is not None:
-                self._replaced[parameters[linear.weight]] = None
-        self._notes |= dict.fromkeys(grown.notes)
+            _dump(self.config, graph, plan, self._dumped)
+            self._dumped += 1
+        notes = [*grown.notes]
+        recorder = self._recorder_for(device, notes)
+        quantized_names = {linear.weight for linear in grown.linears if linear.bits is not None}
+        places = (place for place, node in enumerate(graph.placeholders) if node.name in quantized_names)
+        facts = GraphFacts(len(anatomy.layers), len(grown.twins), tuple(places), tuple(notes), self)
+        dispatcher = Dispatcher(
+            graph, anatomy, plan, points, quantized, self._state_of, facts, self._artifacts, recorder
+        )
+        facts.seconds = time.perf_counter() - started
         return dispatcher
 
     def _check(self, layers: int) -> None:
@@ -163,8 +161,9 @@ class RiverBackend:
             )
         if self.config.head_bits != FLOAT:
             raise ConfigError("head_bits", "this backend leaves the LM head in the model's float type")
-        if self.tau_offsets and len(self.tau_offsets) != layers:
-            raise ConfigError("tau_offsets", f"{len(self.tau_offsets)} numbers for a stack of {layers} layers")
+        offsets = self.config.tau_offsets
+        if offsets and len(offsets) != layers:
+            raise ConfigError("tau_offsets", f"{len(offsets)} numbers for a stack of {layers} layers")
 
     def _import(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FxGraph, Mapping[str, torch.Tensor]]:
         """The graph, and its parameters by name. No other input is kept: the caches would stay alive."""
@@ -174,8 +173,6 @@ class RiverBackend:
             for node, value in zip(placeholders, inputs, strict=True)
             if isinstance(value, torch.nn.Parameter)
         }
-        for parameter in parameters.values():
-            self._parameters[parameter] = None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters.values()):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
         return import_graph(module, list(parameters)), parameters
@@ -185,7 +182,7 @@ class RiverBackend:
             return rows is not None and rows <= lowering.max_rows
         return self.config.prefill == "river"
 
-    def _recorder_for(self, device: torch.device) -> Callable[[], Recorder] | None:
+    def _recorder_for(self, device: torch.device, notes: list[str]) -> Callable[[], Recorder] | None:
         if not self.config.cuda_graphs:
             return None
         make = self._recorder
@@ -193,17 +190,22 @@ class RiverBackend:
             return lambda: make(device)
         if device.type == "cuda":
             return lambda: CudaRecorder(device)
-        self._notes[f"cuda_graphs has no effect on a {device.type} device"] = None
+        notes.append(f"cuda_graphs has no effect on a {device.type} device")
         return None
 
     def _fall_back(self, module: fx.GraphModule, inputs: Sequence[Any], error: RiverError) -> Compiled:
         if self.config.strict:
             return _raising(error)
+        started = time.perf_counter()
+        compiled = self._compile_whole(module, inputs)
+        state = self._state_of([value for value in inputs if isinstance(value, torch.nn.Parameter)])
+        state.note_inputs(inputs)
+        state.seconds += time.perf_counter() - started
         why = str(error)
-        if why not in self._fallbacks:
+        if why not in state.fallbacks:
             warnings.warn(f"no exit river, compiled by plain Inductor: {why}", stacklevel=2)
-        self._fallbacks[why] += 1
-        return self._compile_whole(module, inputs)
+        state.fallbacks[why] += 1
+        return compiled
 
 
 def _raising(error: RiverError) -> Compiled:
@@ -232,35 +234,9 @@ def _dump(config: RiverConfig, graph: FxGraph, plan: Plan, number: int) -> None:
     (config.dump_dir / f"graph_{number}.txt").write_text("\n\n".join(parts))
 
 
-class _Registry:
-    """The backends behind ``backend="river"``: one for each set of parameters and config, all over one store; and the
-    weights that were tuned."""
-
-    def __init__(self) -> None:
-        self.tuned = Tuned()
-        self.store = Store(self.tuned)
-        self._of_parameter: MutableMapping[torch.Tensor, list[RiverBackend]] = WeakTensorKeyDictionary()
-
-    def backend_for(self, inputs: Sequence[Any], config: RiverConfig) -> RiverBackend:
-        parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
-        known = [backend for parameter in parameters[:1] for backend in self._of_parameter.get(parameter, ())]
-        backend = next((found for found in known if found.config == config), None)
-        backend = backend or RiverBackend(config, store=self.store)
-        for parameter in parameters:
-            held = self._of_parameter.setdefault(parameter, [])
-            if backend not in held:
-                held.append(backend)
-        return backend
-
-    def backends_of(self, model: torch.nn.Module) -> list[RiverBackend]:
-        found: dict[int, RiverBackend] = {}
-        for parameter in model.parameters():
-            for backend in self._of_parameter.get(parameter, ()):
-                found[id(backend)] = backend
-        return list(found.values())
-
-
-_registry = _Registry()
+_tuned = Tuned()
+_store = Store(_tuned)
+_states = States()
 
 
 def river(
@@ -280,7 +256,12 @@ def river(
         config = RiverConfig.from_options(options)
     except ConfigError as error:
         return _raising(error)
-    return _registry.backend_for(inputs, config)(module, inputs)
+    parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
+    known = _states.known(parameters, config)
+    compiler = known.compiler if known is not None else None
+    if compiler is None:
+        compiler = RiverBackend(config, store=_store, state_of=lambda weights: _states.of(weights, config, _store))
+    return compiler(module, inputs)  # type: ignore[no-any-return]
 
 
 def stats(model: torch.nn.Module) -> Stats:
@@ -289,7 +270,7 @@ def stats(model: torch.nn.Module) -> Stats:
     Raises:
         InputError: the model has not been compiled with it, or not been called since.
     """
-    return _backend_of(model).stats()
+    return _stats(_latest_of(model))
 
 
 def reset_stats(model: torch.nn.Module) -> None:
@@ -297,9 +278,9 @@ def reset_stats(model: torch.nn.Module) -> None:
 
     Raises: as `stats`.
     """
-    for backend in _backends_of(model):
-        backend.decode_depths.clear()
-        backend.prefill_depths.clear()
+    for state in _states_of(model):
+        state.decode_depths.clear()
+        state.prefill_depths.clear()
 
 
 def set_tau(model: torch.nn.Module, tau: float) -> None:
@@ -310,8 +291,8 @@ def set_tau(model: torch.nn.Module, tau: float) -> None:
         InputError: as `stats`.
     """
     RiverConfig(tau=tau)
-    for backend in _backends_of(model):
-        backend.tau = tau
+    for state in _states_of(model):
+        state.tau = tau
 
 
 def set_max_depth(model: torch.nn.Module, max_depth: int | None) -> None:
@@ -322,8 +303,8 @@ def set_max_depth(model: torch.nn.Module, max_depth: int | None) -> None:
         InputError: as `stats`.
     """
     RiverConfig(max_depth=max_depth)
-    for backend in _backends_of(model):
-        backend.max_depth = max_depth
+    for state in _states_of(model):
+        state.max_depth = max_depth
 
 
 def tune(
@@ -368,31 +349,90 @@ def tune(
         wanted = config.bits_of(f"{path}.{name.rpartition('.')[0]}", f"layers.{layer}")
         if wanted is not None and layer not in kept:
             bits[parameter] = wanted
-    return tune_weights(_registry.tuned, model, bits, config.group_size, ids, chosen, progress)
+    return tune_weights(_tuned, model, bits, config.group_size, ids, chosen, progress)
 
 
 def tuned_digest(model: torch.nn.Module) -> str:
     """A hash of the weights that were tuned for a model."""
-    return _registry.tuned.digest(model.parameters())
+    return _tuned.digest(model.parameters())
 
 
-def _backends_of(model: torch.nn.Module) -> list[RiverBackend]:
+def refresh(model: torch.nn.Module) -> None:
+    """Have the river of a compiled model made anew from its weights before its next pass.
+
+    A river follows its model's weights by itself where a change leaves a trace: another parameter, a change in place
+    that autograd counts, another address (``load_state_dict``, optimizers, ``p.data = x``). Writes through ``.data``,
+    by fused optimizers and by what merges adapters leave none: they are seen by samples of every weight, at the first
+    decode pass after a prompt and, on a CPU, of one weight in turn at every eighth pass. Call this after such a write
+    in the middle of a generation, or after one that changes few numbers of a weight.
+
+    Weights that were tuned count as changed: call `tune` again, after this.
+
+    Raises: as `stats`.
+    """
+    for state in _states_of(model):
+        weights = [*state.replaced.keys(), *model.parameters()]
+        _tuned.forget(weights)
+        state.store.forget(weights)
+
+
+def _stats(states: Sequence[State]) -> Stats:
+    """What was compiled for some states of one model, and done."""
+    parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
+    replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
+    decode, prefill, fallbacks = Counter[int](), Counter[int](), Counter[str]()
+    notes: dict[str, None] = {}
+    for state in states:
+        for parameter in list(state.parameters.keys()):
+            parameters[parameter] = None
+        for parameter in list(state.replaced.keys()):
+            replaced[parameter] = None
+        decode += state.decode_depths
+        prefill += state.prefill_depths
+        fallbacks += state.fallbacks
+        notes |= state.notes
+        unrecorded = (f"runs without CUDA graphs, {n} graphs: {why}" for why, n in state.unrecorded.items())
+        notes |= dict.fromkeys(unrecorded)
+    return Stats(
+        layers=max(state.layers for state in states),
+        river_layers=max(state.river_layers for state in states),
+        decode_depths=dict(sorted(decode.items())),
+        prefill_depths=dict(sorted(prefill.items())),
+        graphs=sum(state.graphs for state in states),
+        artifacts=len(set().union(*(state.artifacts for state in states))),
+        compile_seconds=sum(state.seconds for state in states),
+        backbone_bytes=sum(parameter.nbytes for parameter in parameters),
+        replaced_bytes=sum(parameter.nbytes for parameter in replaced),
+        river_bytes=states[-1].store.nbytes(list(parameters.keys())),
+        notes=tuple(notes),
+        fallbacks=dict(fallbacks),
+    )
+
+
+def _states_of(model: torch.nn.Module) -> list[State]:
+    states = _known_states(model)
+    if not states:
+        raise InputError('the model was not compiled with backend="river", or not called since')
+    return states
+
+
+def _known_states(model: torch.nn.Module) -> list[State]:
+    """The states of a model; those with its options, if it is what torch.compile returned."""
     own = generate.backend_of(model)
     if isinstance(own, RiverBackend):
         return [own]
-    backends = _registry.backends_of(model)
+    states = _states.of_model(model)
     options = generate.options_of(model)
-    if options is not None and len(backends) > 1:
-        config = RiverConfig.from_options(options)
-        backends = [backend for backend in backends if backend.config == config]
-    if not backends:
-        raise InputError('the model was not compiled with backend="river", or not called since')
-    return backends
+    if options is None:
+        return states
+    config = RiverConfig.from_options(options)
+    return [state for state in states if state.config == config]
 
 
-def _backend_of(model: torch.nn.Module) -> RiverBackend:
-    """The one backend of a model; the one last made if it was compiled several times."""
-    return _backends_of(model)[-1]
+def _latest_of(model: torch.nn.Module) -> list[State]:
+    """The states of a model with one config; with the one that came last if it was compiled several times."""
+    states = _states_of(model)
+    return [state for state in states if state.config == states[-1].config]
 
 
-generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend))
+generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states)

@@ -17,7 +17,7 @@ from torch import nn
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.onnx import hf, onnxruntime, tracing
-from river_compile.exporters.torch.weights import GraphWeights, Store
+from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph
@@ -195,7 +195,7 @@ def cond_decoder(
     graph = import_graph(program.graph_module, parameters)
     graph.local_sizes = True
     anatomy = find_layers(graph)
-    weights = GraphWeights(Store(), held, MatMulNBits(), chosen)
+    weights = GraphWeights(Quantized(Store(), MatMulNBits(), chosen), held)
     river = grow_river(graph, anatomy, config, weights)
     plan = share_kv(graph, anatomy, river)
     points = insert_exits(graph, anatomy, plan, config)

@@ -6,19 +6,22 @@ One artifact serves every layer of the same form (regional compilation), and the
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import count
+from typing import Any
 
 import torch
 from torch import fx
 
 from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.freshness import samples, traces
 from river_compile.exporters.torch.graphs import Pass, Program, Recordings
 from river_compile.exporters.torch.recorder import Recorder
-from river_compile.exporters.torch.versions import versions
-from river_compile.exporters.torch.weights import GraphWeights
+from river_compile.exporters.torch.state import GraphFacts, State
+from river_compile.exporters.torch.weights import Quantized
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.graph import FxGraph, value_of, written_inputs
 from river_compile.passes.fx.grow_river import Product, Twin
@@ -26,18 +29,10 @@ from river_compile.passes.fx.insert_exits import similarity_name
 from river_compile.passes.fx.pieces import Piece, Symbols, signature
 from river_compile.passes.fx.share_kv import Plan
 
-__all__ = ["Artifacts", "Controls", "Dispatcher"]
+__all__ = ["LOOKS", "Artifacts", "Dispatcher"]
 
-
-class Controls(Protocol):
-    """What can be changed while a compiled model runs, and what it counts."""
-
-    tau: float
-    tau_offsets: tuple[float, ...] | None
-    max_depth: int | None
-    decode_depths: Counter[int]
-    prefill_depths: Counter[int]
-    unrecorded: Counter[str]
+LOOKS = 8
+"""Decode passes from one look at samples of a weight to the next."""
 
 
 @dataclass
@@ -116,16 +111,32 @@ class _Segment:
 
 @dataclass
 class _Layer:
-    """A layer's two calls. ``parameters`` are the places of the weights that the river piece stands for, with what was
-    there when it was quantized; ``similarity`` is the place of the similarity, None where no exit is decided."""
+    """A layer's two calls. ``similarity`` is the place of the similarity, None where no exit is decided; ``products``
+    are the river's, by the places of their operands, each with the places of its weights."""
 
     backbone: _Call
     river: _Call | None = None
     similarity: int | None = None
-    parameters: tuple[int, ...] = ()
-    expected: tuple[torch.Tensor, ...] = ()
-    state: tuple[int, ...] = ()
     products: dict[tuple[int, ...], tuple[Product, tuple[int, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model that the graph serves, and its river: what that was made of, and the operands by their places.
+
+    Nothing of it is changed, so passes in several threads have one each. The weights are not kept alive.
+    """
+
+    state: State
+    key: weakref.ref[torch.Tensor]
+    others: tuple[weakref.ref[torch.Tensor], ...]
+    epoch: int
+    traces: tuple[Any, ...]
+    samples: Sequence[torch.Tensor]
+    sample_of: Sequence[Sequence[torch.Tensor]]
+    operands: tuple[tuple[int, torch.Tensor], ...]
+    recordings: Recordings | None
+    recorded_river: int = 0
 
 
 class Dispatcher:
@@ -134,7 +145,14 @@ class Dispatcher:
     Called with the graph's inputs, it returns what the graph returns. Once the flag is set it stays set for this
     pass (paper, section 3). Layers without a twin always run on the backbone.
 
+    It serves every model of its form, each with a `State` and a river of its own; passes may run in several threads at
+    once. Each pass looks for traces of a change of the weights that the river stands for. The first decode pass after a
+    prompt compares samples of all of them; on a CPU every `LOOKS`-th compares those of one, in turn. If there was a
+    change, the river is quantized anew before it runs.
+
     Args:
+        state_of: the state of the model that has these weights, those of the decoder layers in order.
+        facts: what is told to each model's state; completed here.
         recorder: makes what records decode passes; None: nothing is recorded.
     """
 
@@ -144,12 +162,14 @@ class Dispatcher:
         anatomy: Anatomy,
         plan: Plan,
         points: Sequence[int],
-        weights: GraphWeights,
-        controls: Controls,
+        weights: Quantized,
+        state_of: Callable[[Sequence[torch.Tensor]], State],
+        facts: GraphFacts,
         artifacts: Artifacts,
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        self._controls, self._weights, self._points = controls, weights, frozenset(points)
+        self._weights, self._points = weights, frozenset(points)
+        self._state_of, self._recorder = state_of, recorder
         self._places: dict[str, int] = {}
         inputs = graph.placeholders
         for node in inputs:
@@ -161,6 +181,7 @@ class Dispatcher:
             if node.op == "get_attr" and node not in graph.steps
         ]
         state = next(value_of(node) for node in graph.steps if node.name == anatomy.layers[0].hidden_out)
+        self._device = state.device
         self.is_decode = state.dim() < 3 or state.shape[1] == 1
         prefix = (self._call(plan.prefix, artifacts),) if plan.prefix else ()
         self._layers = [
@@ -170,30 +191,41 @@ class Dispatcher:
         self._output = graph.output.args[0]
         self._returned = _flat_places(self._output, self._places)
         self._blank: list[Any] = [None] * (len(self._places) - self._inputs)
-        self._own = [(place, operand) for place, operand in self._river_operands()]
         self._program = self._cut(graph, prefix, suffix)
-        self._recordings: Recordings | None = None
-        if recorder is not None and self.is_decode:
-            self._recordings = Recordings(self._program, recorder, state.device, controls.unrecorded)
+        members = [name for piece in plan.layers for name in piece.inputs if name in graph.weights]
+        self._members = tuple(self._places[name] for name in dict.fromkeys(members))
+        river = (places for layer in self._layers for _, places in layer.products.values())
+        self._river_weights = tuple(dict.fromkeys(place for places in river for place in places))
+        self._weights_of = _getter(self._river_weights)
+        self._served: dict[int, _Served] = {}
+        self._recordings: MutableMapping[State, Recordings | None] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+        self._turn = count()
+        layers = (call for layer in self._layers for call in (layer.backbone, layer.river) if call is not None)
+        facts.artifacts = frozenset(id(call.run) for call in (*prefix, *layers, *suffix))
+        self._facts = facts
 
     def __call__(self, *arguments: Any) -> Any:
+        served = self._serve(arguments)
         values = [*arguments, *self._blank]
         for place, constant in self._constants:
             values[place] = constant
-        for place, operand in self._own:
+        for place, operand in served.operands:
             values[place] = operand
-        this = Pass(self._program, values) if self._recordings is None else self._recordings.begin(values)
-        depth = self._run(this)
-        depths = self._controls.decode_depths if self.is_decode else self._controls.prefill_depths
-        depths[depth + sum(layer.river is None for layer in self._layers[depth:])] += 1
+        recordings = served.recordings
+        this = Pass(self._program, values) if recordings is None else recordings.begin(values, served.recorded_river)
+        try:
+            depth = self._run(this, served.state)
+        finally:
+            this.end()
+        served.state.count(depth + sum(layer.river is None for layer in self._layers[depth:]), self.is_decode)
         if self._returned is not None:
             return tuple(None if place is None else values[place] for place in self._returned)
         return fx.map_arg(self._output, lambda node: values[self._places[node.name]])
 
-    def _run(self, this: Pass) -> int:
+    def _run(self, this: Pass, state: State) -> int:
         """Run the graph; after how many layers it went on in the river."""
-        tau, limit = self._controls.tau, self._controls.max_depth
-        offsets = self._controls.tau_offsets
+        tau, limit, offsets = state.tau, state.max_depth, state.tau_offsets
         limit = len(self._layers) if limit is None else min(limit, len(self._layers))
         depth = 0
         while depth < limit:
@@ -207,11 +239,82 @@ class Dispatcher:
                 and this.similarity(depth - 1) > threshold
             ):
                 break
-        for layer in self._layers[depth:]:
-            if layer.river is not None and not _unchanged(layer, this.values):
-                self._refresh(layer, this.values)
         this.tail(depth)
         return depth
+
+    def _serve(self, arguments: Sequence[Any]) -> _Served:
+        """The model whose weights these are, with its river as the weights are now."""
+        key = arguments[self._members[0]] if self._members else self
+        weights = self._weights_of(arguments)
+        served = self._served.get(id(key))
+        if served is None or served.key() is not key:
+            return self._take_on(key, weights, arguments, None)
+        state = served.state
+        if not self.is_decode:
+            state.unverified = True
+        if served.epoch != self._weights.store.epoch or served.traces != traces(weights):
+            return self._take_on(key, weights, arguments, served)
+        if not self._verify(served, weights):
+            return self._take_on(key, weights, arguments, served)
+        return served
+
+    def _verify(self, served: _Served, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether samples of the weights are what they were: of all if that is due, else of one in turn."""
+        if not weights:
+            return True
+        if served.state.unverified:
+            served.state.unverified = False
+            return all(map(torch.equal, samples(weights), served.samples))
+        if self._device.type != "cpu":
+            # Reading them would wait for the device.
+            return True
+        passes = next(self._turn)
+        if passes % LOOKS:
+            return True
+        turn = passes // LOOKS % len(weights)
+        return all(map(torch.equal, samples([weights[turn]]), served.sample_of[turn]))
+
+    def _take_on(
+        self, key: Any, weights: Sequence[torch.Tensor], arguments: Sequence[Any], before: _Served | None
+    ) -> _Served:
+        """Serve a model that is new here, or whose weights were changed: quantize what they are now."""
+        with self._lock:
+            state = before.state if before is not None else self._state_of([arguments[i] for i in self._members])
+            if state not in self._recordings:
+                state.serve(self._facts)
+                recorded = self._recorder is not None and self.is_decode
+                self._recordings[state] = self._new_recordings(state) if recorded else None
+            state.note_inputs(arguments, self._facts.replaced)
+            recordings = self._recordings[state]
+            if recordings is not None:
+                recordings.forget_tails()
+            store = self._weights.store
+            store.renew(weights)
+            forget = _forgetter(self._served, id(key))
+            served = _Served(
+                state,
+                weakref.ref(key, forget),
+                tuple(weakref.ref(weight, forget) for weight in weights),
+                store.epoch,
+                traces(weights),
+                samples(weights),
+                [samples([weight]) for weight in weights],
+                tuple(self._operands(arguments)),
+                recordings,
+                0 if recordings is None else recordings.river,
+            )
+            self._served[id(key)] = served
+            return served
+
+    def _operands(self, arguments: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The river's operands and their places, for the weights among the arguments."""
+        for layer in self._layers:
+            for places, (product, weights) in layer.products.items():
+                yield from zip(places, self._weights.of([arguments[i] for i in weights], product), strict=True)
+
+    def _new_recordings(self, state: State) -> Recordings:
+        assert self._recorder is not None
+        return Recordings(self._program, self._recorder, self._device, state.unrecorded)
 
     def _cut(self, graph: FxGraph, prefix: tuple[_Call, ...], suffix: tuple[_Call, ...]) -> Program:
         """The program; a piece that is compiled once stands in as many segments as there are ways to come to it."""
@@ -231,19 +334,6 @@ class Dispatcher:
         fixed = frozenset(i for i, name in enumerate(names) if name in written_names or name in graph.weights)
         return Program(heads, tails, [layer.similarity for layer in self._layers], returned, names, fixed)
 
-    def _refresh(self, layer: _Layer, values: list[Any]) -> None:
-        """Quantize the weights that the model has now: they were exchanged or changed since."""
-        for places, (product, parameters) in layer.products.items():
-            operands = self._weights.of([values[place] for place in parameters], product)
-            for place, operand in zip(places, operands, strict=True):
-                values[place] = operand
-        layer.expected = tuple(values[place] for place in layer.parameters)
-        layer.state = versions(layer.expected)
-        fresh = {place: values[place] for places in layer.products for place in places}
-        self._own = [(place, fresh.get(place, operand)) for place, operand in self._own]
-        if self._recordings is not None:
-            self._recordings.forget_tails()
-
     def _place(self, name: str) -> int:
         return self._places.setdefault(name, len(self._places))
 
@@ -262,28 +352,15 @@ class Dispatcher:
         for names, product in twin.products.items():
             parameters = tuple(self._places[linear.weight] for linear in product.linears)
             layer.products[tuple(self._places[name] for name in names)] = (product, parameters)
-            layer.parameters += parameters
-            layer.expected += tuple(self._weights.parameter(linear.weight) for linear in product.linears)
-        layer.state = versions(layer.expected)
         return layer
 
-    def _river_operands(self) -> list[tuple[int, torch.Tensor]]:
-        found = []
-        for layer in self._layers:
-            for places, (product, _) in layer.products.items():
-                found += list(zip(places, self._weights.operands(product), strict=True))
-        return found
+
+def _forgetter(served: dict[int, _Served], key: int) -> Callable[[Any], None]:
+    """What is called when one of a model's weights is gone."""
+    return lambda _: served.pop(key, None)  # type: ignore[return-value]
 
 
-def _unchanged(layer: _Layer, values: list[Any]) -> bool:
-    """Whether the weights are those that the river was made of."""
-    for place, expected in zip(layer.parameters, layer.expected, strict=True):
-        if values[place] is not expected:
-            return False
-    return versions(layer.expected) == layer.state
-
-
-def _getter(places: Sequence[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     if len(places) >= 2:
         return operator.itemgetter(*places)
     return lambda values: tuple(values[place] for place in places)

@@ -7,6 +7,7 @@ recording. Where inputs keep moving, the graph goes on without recordings and sa
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,9 @@ class Pass:
         """Ensures: the returned values stay what they are, whatever is run later."""
         self.program.tails[depth](self.values)
 
+    def end(self) -> None:
+        """Give back what the pass holds."""
+
 
 @dataclass
 class _Held:
@@ -101,7 +105,9 @@ class _Recording:
 
 
 class Recordings:
-    """The recordings of one graph.
+    """The recordings of one graph for one model.
+
+    Its memory serves one pass at a time: another that begins meanwhile, in another thread, is run plainly.
 
     Args:
         program: the graph.
@@ -118,10 +124,32 @@ class Recordings:
         self._last: tuple[Any, ...] = ()
         self._hits = self._misses = 0
         self._abandoned = False
+        self._in_use = threading.Lock()
+        self.river = 0
+        """Which river the recorded tails have: grows when they are forgotten."""
         self.runs: Counter[tuple[str, int]] = Counter()
 
-    def begin(self, values: list[Any]) -> Pass:
-        """The pass over these values, in which small inputs give way to the recording's buffers."""
+    def begin(self, values: list[Any], river: int) -> Pass:
+        """The pass over these values, in which small inputs give way to the recording's buffers.
+
+        Args:
+            river: which one is among the values; one that was forgotten meanwhile is run plainly.
+        """
+        if not self._in_use.acquire(blocking=False):
+            return Pass(self._program, values)
+        this: Pass | None = None
+        try:
+            this = self._begin(values) if river == self.river else None
+        finally:
+            if not isinstance(this, _RecordedPass):
+                self._in_use.release()
+        return this or Pass(self._program, values)
+
+    def end(self) -> None:
+        """Let the next pass begin."""
+        self._in_use.release()
+
+    def _begin(self, values: list[Any]) -> Pass:
         arguments = values[: len(self._program.inputs)]
         recording = None if self._abandoned else self._find(arguments)
         if self._abandoned:
@@ -133,9 +161,11 @@ class Recordings:
         return _RecordedPass(self._program, values, self, recording, arguments)
 
     def forget_tails(self) -> None:
-        """Record the river anew: its weights are others."""
-        for recording in self._recordings:
-            recording.held = {name: held for name, held in recording.held.items() if name[0] != "tail"}
+        """Record the river anew: its weights are others. Waits for a pass that is under way."""
+        with self._in_use:
+            self.river += 1
+            for recording in self._recordings:
+                recording.held = {name: held for name, held in recording.held.items() if name[0] != "tail"}
 
     def abandon(self, why: str) -> None:
         """Go on without recordings."""
@@ -254,6 +284,9 @@ class _RecordedPass(Pass):
         if self._recording is not None:
             for place in self.program.returned:
                 self.values[place] = self._kept(place)
+
+    def end(self) -> None:
+        self._owner.end()
 
     def _run(self, name: tuple[str, int], segment: Segment, flag: int | None) -> Callable[[], float] | None:
         held = None if self._recording is None or self._plain else self._recording.held.get(name)

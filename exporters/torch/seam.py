@@ -24,6 +24,7 @@ __all__ = [
     "guards_since",
     "holds",
     "module_wrapper",
+    "skip_frames",
 ]
 
 
@@ -97,6 +98,19 @@ def module_wrapper() -> type:
     except ImportError:
         raise UnsupportedTorch("torch._dynamo.eval_frame.OptimizedModule") from None
     return OptimizedModule
+
+
+def skip_frames(*functions: Callable[..., Any]) -> None:
+    """Let Dynamo pass over these functions' own frames, and compile what they call.
+
+    Raises:
+        UnsupportedTorch: torch cannot be told so here.
+    """
+    skip = getattr(torch._dynamo.eval_frame, "skip_code", None)
+    if skip is None:
+        raise UnsupportedTorch("torch._dynamo.eval_frame.skip_code")
+    for function in functions:
+        skip(function.__code__)
 
 
 def ambient_fake_mode() -> Any:

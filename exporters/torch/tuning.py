@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.errors import ConfigError, InputError
-from river_compile.exporters.torch.versions import versions
+from river_compile.exporters.torch.freshness import samples, versions
 from river_compile.passes.fx.linear import FORMS
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, fitting_group
 
@@ -26,6 +26,7 @@ __all__ = ["Tuned", "tune_weights"]
 
 _BUDGET = 1 << 30
 _SCANNED_TOKENS = 16
+_COMPARED = 1 << 14
 
 Progress = Callable[[str, int, int], None]
 Grid = tuple[int, int]
@@ -35,7 +36,7 @@ Grid = tuple[int, int]
 class Tuned:
     """Quantized weights by the parameter that they stand for, for as long as it lives: a byte a weight.
 
-    A weight that was changed in place since counts as not tuned.
+    A weight that was changed since counts as not tuned.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,13 @@ class Tuned:
         """
         self._kept += 1
         key = (quantizer, transposed, weight.bits, weight.group_size)
-        self._held.setdefault(parameter, {})[key] = (versions([parameter]), self._kept, weight)
+        self._held.setdefault(parameter, {})[key] = (_state(parameter), self._kept, weight)
+
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Let some parameters count as changed."""
+        for parameter in parameters:
+            for key, (_, kept, weight) in self._held.get(parameter, {}).items():
+                self._held[parameter][key] = (None, kept, weight)
 
     def find(self, parameter: torch.Tensor, quantizer: str, transposed: bool, grid: Grid) -> QuantizedWeight:
         """The weight of a parameter.
@@ -62,7 +69,7 @@ class Tuned:
         """
         held = self._held.get(parameter, {})
         found = held.get((quantizer, transposed, *grid))
-        if found is not None and found[0] == versions([parameter]):
+        if found is not None and found[0] == _state(parameter):
             return found[2]
         bits, group_size = grid
         why = f"no weights were tuned for {bits} bits in groups of {group_size}"
@@ -85,6 +92,11 @@ class Tuned:
                 for array in (weight.values, weight.scales, weight.zero_points):
                     digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _state(parameter: torch.Tensor) -> Any:
+    """What the parameter is now, wherever it lies."""
+    return versions([parameter]), [sample.numpy().tobytes() for sample in samples([parameter], _COMPARED)]
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.exporters.torch.freshness import samples, versions
 from river_compile.exporters.torch.linear import Lowering
 from river_compile.exporters.torch.tuning import Tuned
-from river_compile.exporters.torch.versions import versions
 from river_compile.passes.fx.grow_river import Product
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer
 
-__all__ = ["GraphWeights", "Store"]
+__all__ = ["GraphWeights", "Quantized", "Store"]
 
 
 class Store:
     """River weights, each held once however many graphs use it, for as long as the parameters live.
 
-    A weight that was changed in place or tuned anew since is quantized anew.
+    A weight that was changed or tuned anew since is quantized anew.
 
     Args:
         tuned: where activation-aware quantizers find their weights; without it they raise.
@@ -29,7 +31,10 @@ class Store:
 
     def __init__(self, tuned: Tuned | None = None) -> None:
         self._tuned = tuned
-        self._held: MutableMapping[torch.Tensor, dict[Any, Any]] = WeakTensorKeyDictionary()
+        self._held: MutableMapping[torch.Tensor, dict[Any, _Entry]] = WeakTensorKeyDictionary()
+        self._lock = threading.RLock()
+        self.epoch = 0
+        """Grows when weights are forgotten: whoever holds some asks anew."""
 
     def get(
         self, parameters: Sequence[torch.Tensor], product: Product, lowering: Lowering, chosen: Quantizer
@@ -48,20 +53,70 @@ class Store:
             lowering.name,
             chosen.name,
         )
-        state = versions(parameters)
-        if self._tuned is not None and isinstance(chosen, ActivationAware):
-            state += tuple(map(self._tuned.stamp, parameters))
-        held = self._held.setdefault(parameters[0], {})
-        if key not in held or held[key][0] != state or any(ref() is None for ref in held[key][1]):
-            others = [weakref.ref(parameter) for parameter in parameters[1:]]
-            held[key] = (state, others, _quantize(parameters, product, lowering, chosen, self._tuned))
-        operands: tuple[torch.Tensor, ...] = held[key][2]
-        return operands
+        with self._lock:
+            state = _state(parameters)
+            stamps: tuple[int, ...] = ()
+            if self._tuned is not None and isinstance(chosen, ActivationAware):
+                stamps = tuple(map(self._tuned.stamp, parameters))
+            held = self._held.setdefault(parameters[0], {})
+            if key not in held or (held[key].state, held[key].stamps) != (state, stamps) or held[key].others is None:
+                refs = tuple(weakref.ref(parameter) for parameter in parameters[1:])
+                operands = _quantize(parameters, product, lowering, chosen, self._tuned)
+                held[key] = _Entry(state, stamps, refs, operands)
+            return held[key].operands
+
+    def renew(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Forget what was made of parameters that were changed since.
+
+        Where a change left no trace but in samples, all is forgotten: it may have spared the samples of another weight.
+        """
+        parameters = list(parameters)
+        with self._lock:
+            for parameter in parameters:
+                entries = self._held.get(parameter, {})
+                for key, entry in list(entries.items()):
+                    now = None if entry.others is None else _state([parameter, *entry.others])
+                    if now is not None and now != entry.state and now[:2] == entry.state[:2]:
+                        self.forget(parameters)
+                        return
+                    if now != entry.state:
+                        del entries[key]
+                        self.epoch += 1
+
+    def forget(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Forget all that was made of some parameters."""
+        with self._lock:
+            for parameter in parameters:
+                self._held.pop(parameter, None)
+            self.epoch += 1
 
     def nbytes(self, parameters: Sequence[torch.Tensor]) -> int:
         """Bytes held for some parameters."""
-        entries = [entry for parameter in parameters for entry in self._held.get(parameter, {}).values()]
-        return sum(tensor.nbytes for _, _, operands in entries for tensor in operands)
+        with self._lock:
+            entries = [entry for parameter in parameters for entry in self._held.get(parameter, {}).values()]
+        return sum(tensor.nbytes for entry in entries for tensor in entry.operands)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What was made of some parameters, and what they were; ``refs`` are all but the first."""
+
+    state: Any
+    stamps: tuple[int, ...]
+    refs: tuple[weakref.ref[torch.Tensor], ...]
+    operands: tuple[torch.Tensor, ...]
+
+    @property
+    def others(self) -> list[torch.Tensor] | None:
+        """The parameters but the first; None if one is gone."""
+        found = [ref() for ref in self.refs]
+        alive = [parameter for parameter in found if parameter is not None]
+        return alive if len(alive) == len(found) else None
+
+
+def _state(parameters: Sequence[torch.Tensor]) -> Any:
+    places = tuple((p.device, p.dtype, p.data_ptr()) for p in parameters)
+    return versions(parameters), places, [sample.numpy().tobytes() for sample in samples(parameters)]
 
 
 def _quantize(
@@ -84,24 +139,26 @@ def _quantize(
     return lowering.pack(QuantizedWeight.side_by_side(parts), first.dtype, first.device)
 
 
-class GraphWeights:
-    """The river weights of one graph: the store, seen by the names of the graph's values."""
+class Quantized:
+    """The store, for one way to quantize and one lowering."""
 
-    def __init__(self, store: Store, values: Mapping[str, Any], lowering: Lowering, chosen: Quantizer) -> None:
-        self._store, self._values, self._lowering, self._quantizer = store, values, lowering, chosen
-
-    @property
-    def function(self) -> Callable[..., torch.Tensor]:
-        return self._lowering.function
-
-    def parameter(self, name: str) -> torch.Tensor:
-        """The parameter that a value of the graph is."""
-        found: torch.Tensor = self._values[name]
-        return found
-
-    def operands(self, product: Product) -> Sequence[torch.Tensor]:
-        return self.of([self._values[linear.weight] for linear in product.linears], product)
+    def __init__(self, store: Store, lowering: Lowering, chosen: Quantizer) -> None:
+        self.store, self.lowering, self._quantizer = store, lowering, chosen
 
     def of(self, parameters: Sequence[torch.Tensor], product: Product) -> Sequence[torch.Tensor]:
         """The operands of a product whose weights are these parameters now."""
-        return self._store.get(parameters, product, self._lowering, self._quantizer)
+        return self.store.get(parameters, product, self.lowering, self._quantizer)
+
+
+class GraphWeights:
+    """The river weights of one graph while it is compiled, by the names of the graph's values."""
+
+    def __init__(self, quantized: Quantized, values: Mapping[str, Any]) -> None:
+        self.quantized, self._values = quantized, values
+
+    @property
+    def function(self) -> Callable[..., torch.Tensor]:
+        return self.quantized.lowering.function
+
+    def operands(self, product: Product) -> Sequence[torch.Tensor]:
+        return self.quantized.of([self._values[linear.weight] for linear in product.linears], product)

@@ -231,7 +231,7 @@ def test_another_cache_is_another_recording_and_few_are_kept() -> None:
         case.new_caches()
         case.warm_up()
         assert len(case.device.recorders) == round_ + 1
-    held = [dispatcher._recordings for dispatcher in dispatchers(case)]
+    held = [recordings for dispatcher in dispatchers(case) for recordings in dispatcher._recordings.values()]
     assert max(len(recordings._recordings) for recordings in held if recordings) == KEPT
     assert not case.notes
 
@@ -310,6 +310,41 @@ def test_changed_weights_are_quantized_and_recorded_anew() -> None:
     assert len(case.device.recorders) == 2
 
 
+def test_weights_changed_without_a_trace_are_recorded_anew_at_the_next_generation() -> None:
+    case = Case()
+    case.new_caches()
+    case.warm_up([2])
+    for model in (case.model, case.twin):
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.data.mul_(0.5)
+    before = case.device.replays
+    case.new_caches()
+    case.warm_up([2])
+    assert case.device.replays > before
+    judge = with_river_from(case.model, 2)
+    positions = {"position_ids": torch.tensor([[case.length]])}
+    cache = copy.deepcopy(case.caches[0])
+    with torch.no_grad():
+        expected = judge(prompt(1, 1, seed=case.step + 1), past_key_values=cache, use_cache=True, **positions).logits
+    assert_same([case.decode(2)], [expected])
+
+
+def test_a_pass_that_begins_during_another_is_run_plainly() -> None:
+    case = Case()
+    case.new_caches()
+    case.warm_up()
+    (recordings,) = {
+        id(found): found for dispatcher in dispatchers(case) for found in dispatcher._recordings.values() if found
+    }.values()
+    before = case.device.replays
+    assert recordings._in_use.acquire(blocking=False)
+    case.decode()
+    assert case.device.replays == before
+    recordings.end()
+    case.decode()
+    assert case.device.replays == before + LAYERS + 1
+
+
 def test_layers_without_a_twin_are_recorded_with_the_river() -> None:
     case = Case(keep_layers=(1, -1), exit_every=2)
     case.new_caches()
@@ -378,5 +413,5 @@ def dispatchers(case: Case) -> list[Dispatcher]:
     return [
         found
         for found in gc.get_objects()
-        if type(found) is Dispatcher and found._controls is case.backend  # type: ignore[comparison-overlap]
+        if type(found) is Dispatcher and case.backend in found._recordings  # type: ignore[comparison-overlap]
     ]
