@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.passes.fx.graph import symbols_of, value_of
 from tests.families import FAMILIES, LAYERS, random_model
@@ -151,7 +152,7 @@ def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], dep
     that call's twin computes, and no later call touches it."""
     case, kind = kept
     ours, theirs = new_cache(case.model, kind), new_cache(case.model, kind)
-    length = 0
+    name, length = cache_argument(case.model), 0
     for step, depth in enumerate(depths):
         ids = prompt(1, chunk, seed=step)
         before = contents(ours, length) if length else []
@@ -160,8 +161,8 @@ def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], dep
         case.backend.max_depth = depth
         arguments = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         with torch.no_grad():
-            case.compiled(ids, past_key_values=ours, **arguments)
-            case.judges[depth](ids, past_key_values=theirs, **arguments)
+            case.compiled(ids, **{name: ours}, **arguments)
+            case.judges[depth](ids, **{name: theirs}, **arguments)
         for (old_keys, old_values), (keys, values) in zip(before, contents(ours, length), strict=bool(before)):
             assert torch.equal(old_keys, keys)
             assert torch.equal(old_values, values)
