@@ -8,6 +8,7 @@ The first answer takes a minute, as the model is compiled; `/tau 0.9` changes th
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def answer(model: Any, tokenizer: Any, turns: list[dict[str, str]], cache: Dynam
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer)
+    # transformers 5.24 renames the argument.
+    named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    settings = {"max_new_tokens": tokens, "do_sample": False, "streamer": streamer, named: cache}
+    output = model.generate(**inputs, **settings)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 

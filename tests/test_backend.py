@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import river_compile
 from river_compile import RiverBackend, RiverConfig, RiverError
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.linear import Dequantized
 from tests.families import LAYERS, random_model
@@ -265,7 +266,7 @@ def test_a_chat_of_several_turns_on_one_cache() -> None:
         cache, conversation = DynamicCache(config=model.config), torch.zeros(1, 0, dtype=torch.int64)
         for turn, length in enumerate((4, 7, 3)):
             conversation = torch.cat([conversation, prompt(1, length, seed=turn)], 1)
-            conversation = runner.generate(conversation, past_key_values=cache, **GREEDY)
+            conversation = runner.generate(conversation, **{cache_argument(model): cache}, **GREEDY)
         said.append(conversation)
     assert torch.equal(*said)
     assert not backend.stats().fallbacks

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
 
 from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.passes.fx.graph import FxGraph, import_graph
 from tests.families import VOCABULARY, random_model
 
@@ -71,8 +72,9 @@ def play(
     for step in range(steps + 1):
         before(step)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        extra = {"position_ids": positions} if "position_ids" in _parameters(model) else {}
-        logits = forward(tokens, attention_mask=mask, past_key_values=state, use_cache=True, **extra).logits
+        extra = {cache_argument(model): state}
+        extra |= {"position_ids": positions} if "position_ids" in _parameters(model) else {}
+        logits = forward(tokens, attention_mask=mask, use_cache=True, **extra).logits
         found.append(logits[:, -1].clone())
         tokens = prompt(ids.shape[0], 1, seed=step + 1)
         mask = torch.cat([mask, torch.ones_like(tokens)], 1)

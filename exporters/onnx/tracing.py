@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from river_compile.errors import InputError
+from river_compile.exporters.onnx.kv_cache import cache_argument, cache_of
 
 __all__ = [
     "CachedDecoder",
@@ -35,6 +36,7 @@ class CachedDecoder(nn.Module):
         super().__init__()
         self.model = model
         self.with_positions = with_positions
+        self.cache_argument = cache_argument(model)
 
     def forward(
         self,
@@ -45,15 +47,15 @@ class CachedDecoder(nn.Module):
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         from transformers import DynamicCache
 
-        positions = {"position_ids": position_ids} if self.with_positions else {}
+        extra: dict[str, Any] = {"position_ids": position_ids} if self.with_positions else {}
+        extra[self.cache_argument] = DynamicCache(past)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=DynamicCache(past),
             use_cache=True,
-            **positions,
+            **extra,
         )
-        return output.logits, [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return output.logits, [(layer.keys, layer.values) for layer in cache_of(output).layers]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def example_of(model: nn.Module) -> Example:
 def _example_past(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
     try:
         with torch.no_grad():
-            cache = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True))
         if cache is None:
             raise InputError("the model keeps no KV cache: it is an encoder, or set up as one")
         shapes = [(layer.keys, layer.values) for layer in cache.layers]

@@ -64,7 +64,7 @@ class Artifacts:
         for artifact in known:
             if all(seam.holds(_renamed(guard, old_names)) for guard in artifact.guards):
                 return artifact.run
-        values = [value_of(node) for node in piece.placeholders.values()]
+        values = [seam.as_it_is_now(value_of(node)) for node in piece.placeholders.values()]
         with seam.guards_since() as guards:
             run = self._compiler(piece.module, values)
         mine = [guard for guard in guards if guard.free_symbols <= symbols.names.keys()]

@@ -16,6 +16,7 @@ from river_compile.errors import RiverError
 
 __all__ = [
     "UnsupportedTorch",
+    "as_it_is_now",
     "compile_piece",
     "compile_whole",
     "describe_modes",
@@ -123,6 +124,20 @@ def ambient_fake_mode() -> Any:
     if context is None or context.fake_mode is None:
         raise UnsupportedTorch("a tracing context in the backend")
     return context.fake_mode
+
+
+def as_it_is_now(value: Any) -> Any:
+    """A fake value such that a compiler binds what it stands for by now.
+
+    A symbolic number that was found equal to another one since shows the other to whoever looks at it, but as an
+    operand Inductor would bind the symbol that it was made with.
+    """
+    if not isinstance(value, torch.SymInt):
+        return value
+    now = value.node.expr
+    if now == value.node._expr:
+        return value
+    return value.node.shape_env.create_symintnode(now, hint=value.node.hint)
 
 
 def describe_symbol(symbol: Any) -> str:

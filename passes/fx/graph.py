@@ -12,6 +12,7 @@ from torch import fx
 
 __all__ = [
     "FxGraph",
+    "bound_symbols",
     "import_graph",
     "operands",
     "operation",
@@ -188,14 +189,21 @@ def operands(node: fx.Node) -> Iterator[fx.Node]:
 
 def symbols_of(value: Any) -> list[Any]:
     """The free symbols in a fake value's shape, strides and offset, or in a symbolic number, in order of first use."""
-    numbers: list[Any] = []
-    if isinstance(value, torch.Tensor):
-        numbers = [*value.shape, *(value.stride() if value.layout == torch.strided else ()), value.storage_offset()]
-    elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        numbers = [value]
     found: dict[Any, None] = {}
-    for number in numbers:
+    for number in _numbers_of(value):
         if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             symbols = number.node.expr.free_symbols
             found |= dict.fromkeys(sorted(symbols, key=str))
     return list(found)
+
+
+def bound_symbols(value: Any) -> list[Any]:
+    """The symbols that a compiler can read off a value: those that are a size or stride of it, or all of it, bare."""
+    numbers = [number for number in _numbers_of(value) if isinstance(number, torch.SymInt)]
+    return [number.node.expr for number in numbers if getattr(number.node.expr, "is_Symbol", False)]
+
+
+def _numbers_of(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return [*value.shape, *(value.stride() if value.layout == torch.strided else ()), value.storage_offset()]
+    return [value]

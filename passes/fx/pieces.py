@@ -6,14 +6,14 @@ whole, so the pieces one after the other are the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from river_compile.passes.fx.graph import FxGraph, symbols_of, value_of
+from river_compile.passes.fx.graph import FxGraph, bound_symbols, symbols_of, value_of
 
 __all__ = ["Piece", "Symbols", "cut_piece", "signature"]
 
@@ -51,8 +51,8 @@ class Piece:
 def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Piece:
     """The piece that consists of ``nodes`` and yields ``outputs``.
 
-    Its inputs are the values that it reads, in order of first use, then the symbolic sizes that its values need: a
-    compiler must be able to bind each of them.
+    Its inputs are the values that it reads, in order of first use, then what else binds the symbolic sizes that its
+    values need: the graph's input that is such a size, or has it as one of its own.
 
     Requires: consecutive steps of the graph; outputs among them.
     """
@@ -65,10 +65,15 @@ def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Nod
         for operand in node.all_input_nodes
         if operand not in inside and not (operand.op == "get_attr" and operand in graph.steps)
     )
-    bound = {symbol for node in read if _is_symbol(node) for symbol in symbols_of(value_of(node))}
-    needed = dict.fromkeys(s for node in [*read, *nodes] for s in symbols_of(value_of(node)) if s not in bound)
-    sizes = {symbols_of(value_of(n))[0]: n for n in graph.placeholders if _is_symbol(n)}
-    read |= dict.fromkeys(sizes[symbol] for symbol in needed if symbol in sizes)
+    needed = dict.fromkeys(symbol for node in [*read, *nodes] for symbol in symbols_of(value_of(node)))
+    if needed:
+        sizes, tensors = (
+            _binders(node for node in graph.placeholders if _is_number(node) is whether) for whether in (True, False)
+        )
+        bound = _binders(node for node in read if _is_number(node))
+        read |= dict.fromkeys(sizes[symbol] for symbol in needed if symbol in sizes and symbol not in bound)
+        bound = _binders(read)
+        read |= dict.fromkeys(tensors[symbol] for symbol in needed if symbol in tensors and symbol not in bound)
 
     module = fx.GraphModule({}, fx.Graph())
     copies: dict[fx.Node, fx.Node] = {}
@@ -102,8 +107,11 @@ def _sizes_from_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _is_size(node: fx.Node) -> bool:
-    kinds = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
-    return node.op not in ("placeholder", "get_attr") and isinstance(value_of(node), kinds)
+    return node.op not in ("placeholder", "get_attr") and _is_number(node)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(value_of(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
 
 
 def _kept(node: fx.Node) -> dict[str, Any]:
@@ -111,10 +119,13 @@ def _kept(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in ("example_value", "val", "stack_trace") if key in node.meta}
 
 
-def _is_symbol(node: fx.Node) -> bool:
-    """Whether a value is one symbolic size, bare."""
-    value = value_of(node)
-    return isinstance(value, torch.SymInt) and bool(getattr(value.node.expr, "is_Symbol", False))
+def _binders(nodes: Iterable[fx.Node]) -> dict[Any, fx.Node]:
+    """For each symbolic size the first of the values that binds it."""
+    found: dict[Any, fx.Node] = {}
+    for node in nodes:
+        for symbol in bound_symbols(value_of(node)):
+            found.setdefault(symbol, node)
+    return found
 
 
 class Symbols:

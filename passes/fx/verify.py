@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from river_compile.errors import PassError
 from river_compile.passes.anatomy import Anatomy, Layer
-from river_compile.passes.fx.graph import FxGraph, written_roots
+from river_compile.passes.fx.graph import FxGraph, bound_symbols, symbols_of, value_of, written_roots
 from river_compile.passes.fx.grow_river import River
 from river_compile.passes.fx.pieces import Piece
 from river_compile.passes.fx.share_kv import Plan
@@ -25,7 +26,8 @@ def verify(
 
     Ensures: the layers are consecutive runs of the graph's nodes; a twin yields the values that its layer yields, and
     either of them writes every cache slot of the layer exactly once; the pieces of the backbone have every node of the
-    graph exactly once and in order, and every value is made before it is read on every path.
+    graph exactly once and in order, and every value is made before it is read on every path; each symbolic size of the
+    graph's inputs that a piece needs is bound by one of its operands.
 
     Args:
         passes: the names of the passes that ran so far, the last one last.
@@ -96,4 +98,20 @@ def _plan_problem(graph: FxGraph, plan: Plan) -> str:
             return f"{unknown[0]} is read before it is made"
         made |= set(piece.outputs)
     lost = [node.name for node in graph.results if node.name not in made]
-    return f"the result {lost[0]} is not made" if lost else ""
+    if lost:
+        return f"the result {lost[0]} is not made"
+    known = {symbol for node in graph.placeholders for symbol in symbols_of(value_of(node))}
+    pieces = [*plan.pieces, *(twin.river for twin in plan.twins.values())]
+    unbound = [(symbol, piece) for piece in pieces for symbol in _unbound(piece, known)]
+    return f"the size {unbound[0][0]} is bound by no operand of {unbound[0][1].outputs[0]}" if unbound else ""
+
+
+def _unbound(piece: Piece, known: set[Any]) -> list[Any]:
+    """Sizes that a piece needs and cannot know: those of the graph's inputs, and of its operands. Others, such as how
+    many elements are not zero, it makes itself."""
+    operands = [value_of(node) for node in piece.placeholders.values()]
+    bound = {symbol for value in operands for symbol in bound_symbols(value)}
+    inside = [value_of(node) for node in piece.graph.nodes if node.op != "placeholder"]
+    needed = dict.fromkeys(symbol for value in operands for symbol in symbols_of(value))
+    needed |= dict.fromkeys(symbol for value in inside for symbol in symbols_of(value) if symbol in known)
+    return [symbol for symbol in needed if symbol not in bound]

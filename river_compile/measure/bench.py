@@ -20,6 +20,7 @@ import torch
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError, MissingExtra
+from river_compile.exporters.onnx.kv_cache import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -237,13 +238,14 @@ def _decode(model: PreTrainedModel, forward: Callable[..., Any], tokens: torch.T
 
     # One size for all: a new cache length would be a new graph.
     cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + max(new_tokens, 128))
-    logits = forward(tokens, past_key_values=cache, use_cache=True).logits
+    kept = {cache_argument(model): cache}
+    logits = forward(tokens, use_cache=True, **kept).logits
     times = []
     for _ in range(new_tokens):
         token = logits[:, -1:].argmax(-1)
         _wait(tokens.device)
         started = time.perf_counter()
-        logits = forward(token, past_key_values=cache, use_cache=True).logits
+        logits = forward(token, use_cache=True, **kept).logits
         _wait(tokens.device)
         times.append(time.perf_counter() - started)
     return times

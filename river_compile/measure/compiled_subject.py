@@ -15,6 +15,7 @@ import torch
 from river_compile.backend import RiverBackend, tune, tuned_digest
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra, RiverError
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.quantizers import quantizer
 from river_compile.measure.subjects import BACKBONE, Reading, Setting, TorchSubject
 from river_compile.measure.tuning import Progress, Tuning
@@ -69,6 +70,7 @@ class CompiledSubject:
         self._capacity = capacity
         self._compiled: Callable[..., Any] = torch.compile(model, backend=self._backend)
         self._cache: Any = None
+        self._cache_name = cache_argument(self._model)
 
     @classmethod
     def load(
@@ -139,7 +141,7 @@ class CompiledSubject:
         counted = self._backend.decode_depths
         counted.clear()
         try:
-            output = self._compiled(self._tokens(token), past_key_values=cache, use_cache=True)
+            output = self._compiled(self._tokens(token), use_cache=True, **{self._cache_name: cache})
         except (ConfigError, MissingExtra):
             raise
         except RiverError as error:
@@ -161,7 +163,7 @@ class CompiledSubject:
             cache: Any = StaticCache(config=self._model.config, max_cache_len=self._capacity)
             # A window's own layer forgets what is compared here, and counts in a number that each graph would hold.
             cache.layers = [StaticLayer(self._capacity) if layer.is_sliding else layer for layer in cache.layers]
-            self._model(self._tokens(0), past_key_values=cache, use_cache=True)
+            self._model(self._tokens(0), use_cache=True, **{self._cache_name: cache})
             if not all(layer.is_initialized for layer in cache.layers):
                 raise InputError(f"{self.name}: the model keeps no KV cache of a key and a value a layer")
             self._cache = cache

@@ -189,13 +189,16 @@ class TorchSubject:
         import torch
         from transformers import DynamicCache
 
+        from river_compile.exporters.onnx.kv_cache import cache_argument
+
         cache: Any = DynamicCache()
+        kept = {cache_argument(self._model): cache}
         logits, seconds, states = [], [], []
         with torch.no_grad():
             for part in _passes(ids, stepwise):
                 tokens = torch.from_numpy(part[None]).to(self._model.device)
                 started = time.perf_counter()
-                output = self._model(input_ids=tokens, past_key_values=cache, use_cache=True, output_hidden_states=True)
+                output = self._model(input_ids=tokens, use_cache=True, output_hidden_states=True, **kept)
                 states.append(np.stack([state[0].float().cpu().numpy() for state in output.hidden_states]))
                 logits.append(output.logits[0].float().cpu().numpy())
                 seconds.append(time.perf_counter() - started)

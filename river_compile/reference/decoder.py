@@ -14,6 +14,7 @@ from torch import nn
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.stack import find_stack
 from river_compile.passes.quantizer import Quantizer
 from river_compile.reference.cache import RiverCache
@@ -80,7 +81,7 @@ class ReferenceDecoder:
         self.config = config or RiverConfig()
         self._model = model.eval()
         signature = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in signature else "past_key_values"
+        self._cache_name = cache_argument(model)
         self._with_positions = "position_ids" in signature
         self._keeps_logits = "logits_to_keep" in signature
         self._stored = fingerprint(model)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from river_compile.config import KV_POLICIES, RiverConfig
 from river_compile.errors import ConfigError, LayersNotFound
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch.stack import find_stack, is_linear
 from river_compile.reference import POLICIES, ReferenceDecoder, ReferenceState
@@ -49,7 +50,10 @@ class Case:
         """The untouched model's hidden state after each number of layers but the last, and its cache."""
         cache = DynamicCache()
         output = self.model(
-            input_ids=torch.tensor([self.tokens]), output_hidden_states=True, use_cache=True, past_key_values=cache
+            input_ids=torch.tensor([self.tokens]),
+            output_hidden_states=True,
+            use_cache=True,
+            **{cache_argument(self.model): cache},
         )
         return list(output.hidden_states), cache.layers
 
@@ -145,9 +149,9 @@ def test_share_runs_the_river_from_the_exit_on_and_leaves_a_whole_cache(case: Ca
     river = _dequantized(case.model, depth)
     cache = DynamicCache(config=case.model.config)
     with torch.inference_mode():
-        case.model(input_ids=torch.tensor([case.tokens[:PROMPT]]), past_key_values=cache)
+        case.model(input_ids=torch.tensor([case.tokens[:PROMPT]]), **{cache_argument(case.model): cache})
         expected = [
-            river(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            river(input_ids=torch.tensor([[token]]), **{cache_argument(river): cache}).logits[0, -1]
             for token in case.tokens[PROMPT:]
         ]
     _close(logits, torch.stack(expected))
@@ -184,13 +188,13 @@ def test_propagate_projects_the_exit_hidden_state(case: Case) -> None:
 def _written_by(case: Case, layer: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V that the untouched model's layer writes when its input is replaced by ``hidden``, at PROMPT's place."""
     cache = DynamicCache()
-    case.model(input_ids=torch.tensor([case.tokens[:PROMPT]]), past_key_values=cache)
+    case.model(input_ids=torch.tensor([case.tokens[:PROMPT]]), **{cache_argument(case.model): cache})
 
     def enter(_module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     handle = layer.register_forward_pre_hook(enter, with_kwargs=True)
-    case.model(input_ids=torch.tensor([[case.tokens[PROMPT]]]), past_key_values=cache)
+    case.model(input_ids=torch.tensor([[case.tokens[PROMPT]]]), **{cache_argument(case.model): cache})
     handle.remove()
     index = list(find_stack(case.model)[1]).index(layer)
     return cache.layers[index].keys[:, :, -1:], cache.layers[index].values[:, :, -1:]
@@ -220,7 +224,7 @@ def _masked_oracle(case: Case, depths: list[int]) -> torch.Tensor:
     model.set_attn_implementation("eager")
     stack = list(find_stack(model)[1])
     cache = DynamicCache()
-    model(input_ids=torch.tensor([case.tokens[:PROMPT]]), past_key_values=cache)
+    model(input_ids=torch.tensor([case.tokens[:PROMPT]]), **{cache_argument(model): cache})
     now = {"depth": 0, "step": 0}
 
     def hide(index: int) -> Callable[..., Any]:
@@ -246,7 +250,7 @@ def _masked_oracle(case: Case, depths: list[int]) -> torch.Tensor:
     for step, depth in enumerate(depths):
         now.update(depth=depth, step=step)
         token = torch.tensor([[case.tokens[PROMPT + step]]])
-        rows.append(model(input_ids=token, past_key_values=cache).logits[0, -1])
+        rows.append(model(input_ids=token, **{cache_argument(model): cache}).logits[0, -1])
     return torch.stack(rows)
 
 

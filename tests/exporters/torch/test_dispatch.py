@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.linear import Dequantized
+from river_compile.passes.fx.graph import symbols_of, value_of
 from tests.families import FAMILIES, LAYERS, random_model
 from tests.torch_models import (
     CACHES,
@@ -75,6 +77,37 @@ def test_each_depth_is_the_same_compiled_by_inductor(family: str, cache: str) ->
             case.check(depth, batch, length, cache)
 
 
+def binding(module: torch.fx.GraphModule, values: Any) -> Any:
+    """A piece compiler that compiles nothing, but must read every size off the operands as Inductor does."""
+    numbers = [n for v in values for n in ([*v.shape, *v.stride()] if isinstance(v, torch.Tensor) else [v])]
+    # What a number was made with, whatever it was found equal to since.
+    bound = {number.node._expr for number in numbers if isinstance(number, torch.SymInt)}
+    unbound = {
+        (node.name, symbol)
+        for node in module.graph.nodes
+        for symbol in symbols_of(value_of(node))
+        if symbol not in bound
+    }
+    assert not unbound
+    return module
+
+
+@pytest.mark.parametrize("window", [8, 4096])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mistral"])
+def test_each_piece_can_bind_every_size_that_it_needs(family: str, window: int) -> None:
+    torch.compiler.reset()
+    model = random_model(family)
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config.sliding_window = window
+    backend = RiverBackend(RiverConfig(tau=2.0, strict=True), lowering=Dequantized(), compiler=binding)
+    ids = prompt(2, 6)
+    ids[0, :3] = 0
+    how = {"attention_mask": (ids != 0).long(), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **how)
+    assert torch.equal(torch.compile(model, backend=backend).generate(ids, **how), expected)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_inductor_compiles_each_kind_of_piece_once(cache: str) -> None:
     case = Case("llama", compiler=None)
@@ -119,7 +152,7 @@ def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], dep
     that call's twin computes, and no later call touches it."""
     case, kind = kept
     ours, theirs = new_cache(case.model, kind), new_cache(case.model, kind)
-    length = 0
+    name, length = cache_argument(case.model), 0
     for step, depth in enumerate(depths):
         ids = prompt(1, chunk, seed=step)
         before = contents(ours, length) if length else []
@@ -128,8 +161,8 @@ def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], dep
         case.backend.max_depth = depth
         arguments = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         with torch.no_grad():
-            case.compiled(ids, past_key_values=ours, **arguments)
-            case.judges[depth](ids, past_key_values=theirs, **arguments)
+            case.compiled(ids, **{name: ours}, **arguments)
+            case.judges[depth](ids, **{name: theirs}, **arguments)
         for (old_keys, old_values), (keys, values) in zip(before, contents(ours, length), strict=bool(before)):
             assert torch.equal(old_keys, keys)
             assert torch.equal(old_values, values)

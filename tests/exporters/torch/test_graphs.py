@@ -12,6 +12,7 @@ import torch
 
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
+from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.dispatch import Dispatcher
 from river_compile.exporters.torch.graphs import KEPT, WARM
 from river_compile.exporters.torch.linear import Dequantized
@@ -150,7 +151,7 @@ class Case:
             ids = prompt(1, length, seed=self.step)
             positions = torch.arange(self.length, self.length + length)[None]
             self.addresses += [ids, positions]
-            found.append(model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits)
+            found.append(model(ids, position_ids=positions, use_cache=True, **{cache_argument(model): cache}).logits)
         self.length += length
         if check:
             assert_same([found[0]], [found[1]], 1e-6)
@@ -370,11 +371,12 @@ def test_what_cannot_be_recorded_is_run_plainly_and_the_reason_is_told() -> None
 def test_generate_with_a_static_cache_is_recorded() -> None:
     case = Case(prefill="backbone")
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    name = cache_argument(case.model)
     for _ in range(2):
         case.device.cache = new_cache(case.model, "static")
-        found = case.compiled.generate(prompt(1, 4), past_key_values=case.device.cache, **settings)
+        found = case.compiled.generate(prompt(1, 4), **{name: case.device.cache}, **settings)
         cache = new_cache(case.model, "static")
-        assert torch.equal(found, case.compiled_twin.generate(prompt(1, 4), past_key_values=cache, **settings))
+        assert torch.equal(found, case.compiled_twin.generate(prompt(1, 4), **{name: cache}, **settings))
     assert not case.notes
     assert len(case.device.recorders) == 2
     assert case.device.replays > 2 * 6 * (LAYERS + 1)

@@ -134,6 +134,19 @@ def test_verify_names_the_passes_after_a_twin_lost_its_cache_write(decode: FxGra
         verify(decode, anatomy, ["a", "b"], river, plan)
 
 
+def test_verify_catches_a_size_that_no_operand_binds() -> None:
+    graph = capture("gemma2", "dynamic")[-1]
+    anatomy, river, plan = passes(graph)
+    symbols = {n.name for n in graph.placeholders if isinstance(value_of(n), torch.SymInt)}
+    assert symbols
+    assert plan.prefix is not None
+    for node in list(plan.prefix.placeholders.values()):
+        if isinstance(value_of(node), torch.SymInt):
+            node.meta["example_value"] = value_of(node) + 1
+    with pytest.raises(PassError, match=r"the size s\d+ is bound by no operand of"):
+        verify(graph, anatomy, ["share_kv"], river, plan)
+
+
 def test_verify_catches_a_piece_that_is_missing(decode: FxGraph) -> None:
     anatomy, river, plan = passes(decode)
     del plan.layers[2]
