@@ -8,7 +8,7 @@ from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import ExportReport, Plan, export, plan
-    from river_compile.backend import RiverBackend, refresh, reset_stats, set_max_depth, set_tau, stats, tune
+    from river_compile.backend import RiverBackend, exact, refresh, reset_stats, set_max_depth, set_tau, stats, tune
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "exact",
     "export",
     "plan",
     "refresh",
@@ -50,6 +51,7 @@ _HOME = {
     "Tuning": "measure.tuning",
     "calibrate": "measure.calibration",
     "evaluate": "measure.evaluation",
+    "exact": "backend",
     "export": "api",
     "plan": "api",
     "refresh": "backend",

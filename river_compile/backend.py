@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -21,7 +23,7 @@ from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.single_row import lower_single_rows
-from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module
+from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module, forced_exits
 from river_compile.exporters.torch.tuning import Tuned, tune_weights
 from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
@@ -32,6 +34,8 @@ from river_compile.passes.fx.insert_exits import insert_exits
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
 from river_compile.passes.quantizer import ActivationAware
+from river_compile.runtime.exact import Drafting, Experience
+from river_compile.runtime.steps import Step
 from river_compile.statistics import Stats
 
 __all__ = [
@@ -281,6 +285,7 @@ def reset_stats(model: torch.nn.Module) -> None:
     for state in _states_of(model):
         state.decode_depths.clear()
         state.prefill_depths.clear()
+        state.exact.clear()
 
 
 def set_tau(model: torch.nn.Module, tau: float) -> None:
@@ -406,6 +411,7 @@ def _stats(states: Sequence[State]) -> Stats:
         river_bytes=states[-1].store.nbytes(list(parameters.keys())),
         notes=tuple(notes),
         fallbacks=dict(fallbacks),
+        exact=dict(sum((state.exact for state in states), Counter())),
     )
 
 
@@ -435,4 +441,88 @@ def _latest_of(model: torch.nn.Module) -> list[State]:
     return [state for state in states if state.config == states[-1].config]
 
 
-generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states)
+def exact(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    *,
+    streamer: Any = None,
+    lookup: bool | None = None,
+    **model_arguments: Any,
+) -> Any:
+    """Exact decoding, for ``model.generate(..., custom_generate=river_compile.exact)``.
+
+    The river drafts, and the backbone verifies: greedy tokens are the backbone's, sampled ones are distributed as the
+    backbone's. A model that is not compiled with this backend, or has no river, drafts from the text itself alone.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_arguments: as ``generate`` gives
+            them.
+        streamer: gets tokens as they are verified; ``generate`` itself does not hand its own on, so give it by
+            ``functools.partial``. With ``options={"exact": True}`` it is handed on.
+        lookup: whether tokens of the text are drafts where it repeats; None: as the config says.
+
+    Raises:
+        ConfigError: beam search, no KV cache, or a cache that cannot be cut back.
+    """
+    from river_compile.runtime.hf_exact import generate_exactly
+
+    model_arguments.pop("synced_gpus", None)
+    states = _known_states(model)
+    config = states[-1].config if states else RiverConfig()
+    tau, max_depth = (states[-1].tau, states[-1].max_depth) if states else (config.tau, config.max_depth)
+    shaped = max_depth is not None or tau != RiverConfig.tau
+    wants_logits = generation_config.output_logits or generation_config.output_scores
+
+    def note(step: Step) -> None:
+        for state in _known_states(model)[-1:]:
+            state.exact["rounds"] += 1
+            state.exact["drafted"] += step.drafted
+            state.exact["accepted"] += step.accepted
+            state.exact["near_ties"] += step.near_ties
+            state.exact["drafting"] += round(1e3 * step.draft_seconds)
+            state.exact["verifying"] += round(1e3 * step.verify_seconds)
+
+    return generate_exactly(
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        model_arguments,
+        exits=forced_exits,
+        has_river=lambda: any(state.river_layers for state in _known_states(model)),
+        experience=lambda: _experience_of(model),
+        drafting=Drafting(
+            tau=tau if shaped else None,
+            max_depth=max_depth if shaped else 0,
+            lookup=config.lookup if lookup is None else lookup,
+            keep_logits=bool(wants_logits and generation_config.return_dict_in_generate),
+        ),
+        streamer=streamer,
+        on_step=note,
+    )
+
+
+_experiences: MutableMapping[State, Experience] = weakref.WeakKeyDictionary()
+
+
+def _experience_of(model: torch.nn.Module) -> Experience:
+    states = _known_states(model)
+    return _experiences.setdefault(states[-1], Experience()) if states else Experience()
+
+
+def _generate_exactly(module: Any, name: str, settings: dict[str, Any]) -> None:
+    """Let ``generate`` of a model compiled with ``exact`` decode exactly."""
+    own = generate.backend_of(module)
+    options = generate.options_of(module)
+    config = own.config if isinstance(own, RiverBackend) else RiverConfig.from_options(options)
+    if name == "generate" and config.exact and settings.get("custom_generate") is None:
+        settings["custom_generate"] = functools.partial(exact, streamer=settings.pop("streamer", None))
+
+
+generate.install(
+    lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states, _generate_exactly
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Stats"]
 
@@ -24,6 +24,8 @@ class Stats:
             has quantized; river_bytes: the quantized weights, held beside them.
         notes: what did not go as asked, a line each.
         fallbacks: why a graph was compiled by plain Inductor, and how often.
+        exact: of exact decoding: "rounds", "drafted" and "accepted" tokens, "near_ties", and the milliseconds spent
+            "drafting" and "verifying"; empty if there was none.
     """
 
     layers: int
@@ -38,6 +40,7 @@ class Stats:
     river_bytes: int
     notes: tuple[str, ...]
     fallbacks: Mapping[str, int]
+    exact: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mean_exit_depth(self) -> float:
@@ -46,6 +49,12 @@ class Stats:
         total = sum(depth * count for depth, count in Counter(self.decode_depths).items())
         return total / passes if passes else float("nan")
 
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that verification kept; NaN if none was drafted."""
+        drafted = self.exact.get("drafted", 0)
+        return self.exact["accepted"] / drafted if drafted else float("nan")
+
     def __str__(self) -> str:
         lines = [
             f"{self.river_layers} of {self.layers} decoder layers have a river twin; {self.graphs} graphs, "
@@ -53,6 +62,11 @@ class Stats:
             f"backbone {self.backbone_bytes / 1e6:.0f} MB, river {self.river_bytes / 1e6:.0f} MB",
             f"mean exit depth {self.mean_exit_depth:.2f} in {sum(self.decode_depths.values())} decode passes",
         ]
+        if self.exact:
+            lines.append(
+                f"exact: {self.exact['drafted']} tokens drafted in {self.exact['rounds']} rounds, "
+                f"{self.acceptance:.0%} accepted, {self.exact['near_ties']} near ties"
+            )
         lines += list(self.notes)
         lines += [f"plain Inductor, {count} graphs: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)

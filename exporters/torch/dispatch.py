@@ -225,7 +225,7 @@ class Dispatcher:
 
     def _run(self, this: Pass, state: State) -> int:
         """Run the graph; after how many layers it went on in the river."""
-        tau, limit, offsets = state.tau, state.max_depth, state.tau_offsets
+        tau, limit, offsets = state.exits()
         limit = len(self._layers) if limit is None else min(limit, len(self._layers))
         depth = 0
         while depth < limit:
@@ -250,7 +250,7 @@ class Dispatcher:
         if served is None or served.key() is not key:
             return self._take_on(key, weights, arguments, None)
         state = served.state
-        if not self.is_decode:
+        if not self.is_decode and not state.is_forced:
             state.unverified = True
         if served.epoch != self._weights.store.epoch or served.traces != traces(weights):
             return self._take_on(key, weights, arguments, served)

@@ -31,6 +31,8 @@ _GENERATES = re.compile(r"(stream_)?(generate|chat)(_\w+)?$")
 """Names of methods that generate."""
 
 StatesOf = Callable[[Any], Sequence[State]]
+Adapt = Callable[[Any, str, dict[str, Any]], None]
+"""Is given a compiled module, the name of a method that generates, and its keyword arguments, to change them."""
 
 
 class _Route:
@@ -109,13 +111,16 @@ def _switched_models(models: Sequence[torch.nn.Module]) -> Iterator[None]:
                         model._compiled_call_impl = switch.before
 
 
-def _generating(module: Any, name: str, method: Callable[..., Any], states_of: StatesOf) -> Callable[..., Any]:
+def _generating(
+    module: Any, name: str, method: Callable[..., Any], states_of: StatesOf, adapt: Adapt
+) -> Callable[..., Any]:
     """A method of a compiled module that generates: the one place where a generation begins and ends.
 
     Args:
         module: what torch.compile returned.
         method: the method of the model within.
         states_of: the settings and counts of a compiled module; none before its first pass.
+        adapt: see `Adapt`.
     """
 
     @functools.wraps(method)
@@ -124,6 +129,7 @@ def _generating(module: Any, name: str, method: Callable[..., Any], states_of: S
         if hasattr(original, "_valid_auto_compile_criteria") and _takes(method, "disable_compile"):
             # The model is compiled already: transformers must not compile it once more.
             settings.setdefault("disable_compile", True)
+        adapt(module, name, settings)
         for state in states_of(module):
             state.unverified = True
         route = _Route(module)
@@ -194,7 +200,7 @@ def _warn_if_unused(route: _Route, name: str) -> None:
     )
 
 
-def install(is_ours: Callable[[Any], bool], states_of: StatesOf) -> None:
+def install(is_ours: Callable[[Any], bool], states_of: StatesOf, adapt: Adapt) -> None:
     """Let the methods that generate run the compiled model, for modules compiled with a backend that ``is_ours``.
 
     Others keep what they have.
@@ -209,7 +215,7 @@ def install(is_ours: Callable[[Any], bool], states_of: StatesOf) -> None:
     def __getattr__(module: Any, name: str) -> Any:  # noqa: N807
         found = attribute(module, name)
         if _GENERATES.match(name) and callable(found) and is_ours(backend_of(module)):
-            return _generating(module, name, found, states_of)
+            return _generating(module, name, found, states_of, adapt)
         return found
 
     __getattr__.river_states_of = states_of  # type: ignore[attr-defined]

@@ -10,7 +10,9 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from river_compile.config import RiverConfig
 from river_compile.exporters.torch.weights import Store
 
-__all__ = ["GraphFacts", "State", "States", "calling_module"]
+__all__ = ["GraphFacts", "State", "States", "calling_module", "forced_exits"]
+
+NEVER = 2.0
+
+_forced: ContextVar[tuple[float | None, int | None] | None] = ContextVar("river_forced_exits", default=None)
+
+
+@contextmanager
+def forced_exits(tau: float | None, max_depth: int | None) -> Iterator[None]:
+    """Exit settings for the passes within, in this thread or task alone; a tau of None is the model's own."""
+    token = _forced.set((tau, max_depth))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 @dataclass
@@ -52,6 +68,7 @@ class State:
         tau, tau_offsets, max_depth: may be changed at any time.
         decode_depths, prefill_depths: passes by exit depth.
         unrecorded: graphs that go on without recordings, by reason.
+        exact: of exact decoding: rounds, tokens drafted and accepted, near ties, milliseconds drafting and verifying.
         unverified: whether weights may have been changed without a trace since their samples were last compared.
     """
 
@@ -63,6 +80,7 @@ class State:
         self.decode_depths: Counter[int] = Counter()
         self.prefill_depths: Counter[int] = Counter()
         self.unrecorded: Counter[str] = Counter()
+        self.exact: Counter[str] = Counter()
         self.unverified = True
         self.module: weakref.ref[torch.nn.Module] | None = None
         self.parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
@@ -74,6 +92,24 @@ class State:
         self.seconds = 0.0
         self.compiler: Any = None
         self._lock = threading.Lock()
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether the pass under way has exit settings of its own."""
+        return _forced.get() is not None
+
+    def exits(self) -> tuple[float, int | None, tuple[float, ...] | None]:
+        """Threshold, limit on the exit depth and offsets of the pass under way.
+
+        A model that decodes exactly has no exits but those of its drafts, whoever calls it.
+        """
+        forced = _forced.get()
+        if forced is None:
+            return (NEVER, None, None) if self.config.exact else (self.tau, self.max_depth, self.tau_offsets)
+        tau, max_depth = forced
+        if tau is not None and tau > 1:
+            return tau, max_depth, None
+        return self.tau if tau is None else tau, max_depth, self.tau_offsets
 
     def count(self, depth: int, decode: bool) -> None:
         """One more pass that left the backbone at a depth."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,12 +35,13 @@ class HfPasses(Passes):
     Args:
         model: as it is called, compiled or not.
         arguments: model arguments beside token ids, the KV cache among them.
-        exits: how exits are set; None where there is no river.
+        exits: how exits are set.
         length: tokens that will be read in all.
     """
 
-    def __init__(self, model: Any, arguments: Mapping[str, Any], exits: Exits | None, length: int) -> None:
+    def __init__(self, model: Any, arguments: Mapping[str, Any], exits: Exits, length: int) -> None:
         self._model, self._exits = model, exits
+        self._has_river = False
         self._cache_name = next((name for name in _CACHE_NAMES if arguments.get(name) is not None), "")
         if not self._cache_name:
             raise ConfigError("exact", "needs a KV cache (use_cache=True)")
@@ -53,7 +54,15 @@ class HfPasses(Passes):
 
     @property
     def has_river(self) -> bool:
-        return self._exits is not None
+        return self._has_river
+
+    def look_for_river(self, state: State, has_river: Callable[[], bool]) -> None:
+        """Find out whether decode passes have a river; the first one may have to compile it."""
+        if not has_river():
+            mark = self.mark(state)
+            self.backbone(state.ids[:, -1:], state)
+            self.back(state, mark)
+        self._has_river = has_river()
 
     @property
     def cache(self) -> Any:
@@ -80,7 +89,8 @@ class HfPasses(Passes):
         arguments = dict(self._arguments)
         if "next_sequence_length" in self._takes:
             settings["next_sequence_length"] = new
-        outputs = self._call(self._model.prepare_inputs_for_generation(ids, **settings, **arguments))
+        with self._exits(NEVER, None):
+            outputs = self._call(self._model.prepare_inputs_for_generation(ids, **settings, **arguments))
         numbers = np.zeros((batch, seen.shape[1]), np.int64)
         numbers[:, -length:] = ids.cpu().numpy()
         state = State({"positions": self._last_positions(seen)}, seen.cpu().numpy().astype(np.int64), numbers)
@@ -104,8 +114,6 @@ class HfPasses(Passes):
         tau: float | None = None,
         max_depth: int | None = None,
     ) -> tuple[np.ndarray, int | None]:
-        if self._exits is None:
-            return self._run(ids, state), None
         with self._exits(tau, max_depth):
             return self._run(ids, state), None
 
@@ -118,6 +126,9 @@ class HfPasses(Passes):
         seen = torch.from_numpy(state.mask).to(self._device)
         arguments = self._arguments | {"attention_mask": seen}
         arguments.pop("position_ids", None)
+        if "logits_to_keep" in arguments:
+            # All of them, by a number that is the same in every pass: another one would be compiled anew.
+            arguments["logits_to_keep"] = 0
         if self._has_positions:
             counts = seen.cumsum(1)[:, -new:]
             arguments["position_ids"] = (state.caches["positions"] + counts).to(torch.int64)
@@ -200,7 +211,8 @@ def generate_exactly(
     generation_config: Any,
     model_arguments: Mapping[str, Any],
     *,
-    exits: Callable[[], Exits | None],
+    exits: Exits,
+    has_river: Callable[[], bool],
     experience: Callable[[], Experience],
     drafting: Drafting,
     streamer: Any = None,
@@ -211,7 +223,8 @@ def generate_exactly(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_arguments: as `generate` hands
             them to a ``custom_generate`` callable.
-        exits, experience: of the compiled model; asked for when its first pass has run.
+        exits: how exits are set.
+        has_river, experience: of the compiled model; asked for when its first passes have run.
         streamer: gets tokens as they are verified.
 
     Raises:
@@ -219,10 +232,10 @@ def generate_exactly(
     """
     _check(generation_config, model, streamer, input_ids)
     left = _left(stopping_criteria, input_ids.shape[1])
-    passes = HfPasses(model, model_arguments, exits(), input_ids.shape[1] + left)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    passes = HfPasses(model, model_arguments, exits, input_ids.shape[1] + left)
     state, logits = passes.prefill(input_ids)
-    # The first pass may be the one that compiles the model.
-    passes._exits = exits()
     choice = _Processed(
         logits_processor, stopping_criteria, bool(generation_config.do_sample), len(input_ids), input_ids.device
     )
@@ -234,6 +247,8 @@ def generate_exactly(
         streamer.put(torch.tensor(first))
     steps: Iterator[Step] = iter(())
     if left > 0:
+        passes.look_for_river(state, has_river)
+        drafting = replace(drafting, river=passes.has_river)
         steps = exact_steps(passes, state, first, prompts, left, drafting, choice, experience())
     for step in steps:
         on_step(step)

@@ -1,0 +1,176 @@
+"""Exact decoding in transformers' generate: what it returns with and without, for the same arguments."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import river_compile
+from river_compile.errors import ConfigError
+from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.linear import Dequantized
+from river_compile.runtime import hf_exact
+from river_compile.runtime.drafting import Costs, DraftLength
+from river_compile.runtime.exact import Experience
+from tests.families import VOCABULARY, random_model
+from tests.torch_models import as_it_is
+
+CACHES = ({}, {"cache_implementation": "static"})
+
+
+@pytest.fixture(autouse=True)
+def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are not compiled, products are float, and drafts cost next to nothing: small models are all overhead."""
+    monkeypatch.setattr(seam, "compile_piece", as_it_is)
+    monkeypatch.setattr("river_compile.backend.lowering_for", lambda device: Dequantized())
+    sizes = [(count, river) for count in range(1, 9) for river in (True, False)]
+
+    def experience(model: Any) -> Experience:
+        return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for size in sizes})
+
+    monkeypatch.setattr("river_compile.backend._experience_of", experience)
+    monkeypatch.setattr(hf_exact.HfPasses, "clock", staticmethod(lambda: 0.0))
+    torch.compiler.reset()
+
+
+def _arguments(batch: int, **more: Any) -> dict[str, Any]:
+    ids = torch.randint(3, VOCABULARY, (batch, 7), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        ids[1, :3] = mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 24, "do_sample": False, **more}
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+@pytest.mark.parametrize("cache", CACHES, ids=("dynamic", "static"))
+# gemma2's layers alternate with windows of 8 tokens.
+@pytest.mark.parametrize("family", ("llama", "gemma2"))
+def test_generate_is_unchanged_but_for_the_passes(family: str, cache: dict[str, Any], batch: int) -> None:
+    expected = random_model(family).generate(**_arguments(batch, **cache))
+    model = torch.compile(random_model(family), backend="river", options={"exact": True, "bits": 4})
+    assert torch.equal(model.generate(**_arguments(batch, **cache)), expected)
+    stats = river_compile.stats(model)
+    assert stats.exact["drafted"] > 10
+    assert 0.2 < stats.acceptance <= 1
+    assert 0 in stats.decode_depths
+    assert set(stats.decode_depths) | set(stats.prefill_depths) == {0, 4}
+
+
+def test_it_can_be_asked_for_in_one_call() -> None:
+    model = random_model("llama")
+    expected = model.generate(**_arguments(1))
+    model.forward = torch.compile(model.forward, backend="river", options={"tau": -1.0})
+    assert not torch.equal(model.generate(**_arguments(1)), expected)
+    found = model.generate(**_arguments(1), custom_generate=river_compile.exact, lookup=False)
+    assert torch.equal(found, expected)
+    assert river_compile.stats(model).exact["drafted"] > 0
+
+
+def test_a_model_compiled_with_exact_never_exits_elsewhere() -> None:
+    """Where transformers' generate calls the compiled module itself, nothing asks for drafts."""
+    model = random_model("llama")
+    expected = model.generate(**_arguments(1))
+    model.compile(backend="river", options={"exact": True, "tau": -1.0})
+    assert torch.equal(model.generate(**_arguments(1)), expected)
+    assert set(river_compile.stats(model).decode_depths) == {4}
+    assert torch.equal(model.generate(**_arguments(1), custom_generate=river_compile.exact), expected)
+    assert river_compile.stats(model).exact["drafted"] > 0
+
+
+def test_an_uncompiled_model_drafts_from_its_text() -> None:
+    model = random_model("llama")
+    expected = model.generate(**_arguments(1))
+    assert torch.equal(model.generate(**_arguments(1), custom_generate=river_compile.exact), expected)
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_processors_criteria_and_outputs_are_as_in_plain_generation(batch: int) -> None:
+    how = {"repetition_penalty": 1.2, "min_new_tokens": 3, "eos_token_id": 70, "pad_token_id": 0}
+    outputs = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    expected = random_model("llama").generate(**_arguments(batch, **how, **outputs))
+    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    found = model.generate(**_arguments(batch, **how, **outputs))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.logits) == len(found.scores) == len(expected.logits)
+    for name in ("logits", "scores") if batch == 1 else ():
+        for ours, theirs in zip(getattr(found, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_conversation_goes_on_from_its_cache() -> None:
+    arguments = _arguments(1)
+    model = random_model("llama")
+    compiled = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    texts = []
+    for one in (model, compiled):
+        cache, ids = DynamicCache(), arguments["input_ids"]
+        for _ in range(3):
+            mask = torch.ones_like(ids)
+            ids = one.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=9, do_sample=False
+            )
+            ids = torch.cat([ids, torch.tensor([[5, 6]])], 1)
+        texts.append(ids)
+        lengths = cache.get_seq_length()
+    assert torch.equal(*texts)
+    assert lengths < texts[0].shape[1]
+
+
+def test_tokens_are_streamed_as_they_are_verified() -> None:
+    class Streamer:
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen.append(value.reshape(-1).tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    streamer, other = Streamer(), Streamer()
+    found = model.generate(**_arguments(1), streamer=streamer)[0].tolist()
+    model.generate(**_arguments(1), custom_generate=functools.partial(river_compile.exact, streamer=other))
+    for one in (streamer, other):
+        assert [token for tokens in one.seen for token in tokens] == found
+        assert one.ended
+        assert any(len(new) > 1 for new in one.seen[1:])
+
+
+def test_sampling_draws_by_torchs_generator() -> None:
+    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    how = _arguments(1) | {"do_sample": True, "temperature": 2.0, "top_p": 0.9}
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append(model.generate(**how))
+    assert torch.equal(*found)
+    assert not torch.equal(model.generate(**how), found[0])
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ({"num_beams": 2}, "exact: decodes greedily or by sampling, not by beam search"),
+        ({"use_cache": False}, "exact: needs a KV cache"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "exact: has no output_hidden_states"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_one_line(how: dict[str, Any], line: str) -> None:
+    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    with pytest.raises(ConfigError, match=line):
+        model.generate(**_arguments(1, **how))
+
+
+def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
+    model = random_model("gemma2")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(torch.randint(3, VOCABULARY, (1, 12)), past_key_values=cache)
+    ids = torch.randint(3, VOCABULARY, (1, 14))
+    with pytest.raises(ConfigError, match="drops what has left a layer's window"):
+        model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, custom_generate=river_compile.exact)
