@@ -270,7 +270,7 @@ class _Steps:
     """What an export does, one step after the other: each is told when it begins and ends, and timed.
 
     Fields:
-        seconds: wall time by step.
+        seconds: wall time by step; that of a step within another is its own only.
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -285,9 +285,9 @@ class _Steps:
         """
         if not pieces:
             self._progress(step, 0, 1)
-        started = time.perf_counter()
+        started, inner = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[step] = time.perf_counter() - started
+        self.seconds[step] = time.perf_counter() - started - (sum(self.seconds.values()) - inner)
         if not pieces:
             self._progress(step, 1, 1)
 

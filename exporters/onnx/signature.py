@@ -210,10 +210,10 @@ def _kind(name: str) -> str:
     return str(found[-1]) if found else ""
 
 
-def _place(name: str, index: int) -> tuple[int, str, int]:
+def _place(name: str, index: int) -> tuple[tuple[int, ...], str, int]:
     """Sorts a layer's keys before its values where names tell, and leaves the order as it is where they do not."""
-    numbers = re.findall(r"\d+", name)
-    return (int(numbers[0]), _kind(name), index) if numbers and _kind(name) else (0, "", index)
+    numbers = tuple(map(int, re.findall(r"\d+", name)))
+    return (numbers, _kind(name), index) if numbers and _kind(name) else ((), "", index)
 
 
 def _ids(inputs: Mapping[str, Any]) -> str | None:

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from click.testing import CliRunner
 from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from river_compile.cli.evaluate import main as river_eval
 from river_compile.cli.export import main as river_export
 from river_compile.runtime import OnnxDecoder
-from tests.words import save_word_texts
+from tests.words import save_word_model, save_word_texts
 
-__all__ = ["NEW_TOKENS", "PROMPT", "Peer", "check_river"]
+__all__ = ["NEW_TOKENS", "PROMPT", "Peer", "check_river", "save_model"]
 
 _VENVS = Path(__file__).parents[2] / ".cache" / "venvs"
 
@@ -61,6 +63,20 @@ def _run(command: Sequence[object]) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, f"{command[0]}: {done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def save_model(folder: Path) -> Path:
+    """A folder of a random model and its tokenizer. No layer is as wide as the vocabulary: GenAI's builder would take
+    that one for the LM head."""
+    save_word_model(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, intermediate_size=192)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    model.save_pretrained(folder)
+    return folder
 
 
 def check_river(model: Path, tokenizer: Path, river: Path, expected: list[int], work: Path) -> None:

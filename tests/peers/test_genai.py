@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from river_compile.runtime import OnnxDecoder
-from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river
-from tests.words import save_word_model
+from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river, save_model
 
 GENAI = Peer(
     "genai",
@@ -48,7 +47,7 @@ def _generated(folder: Path) -> list[int]:
 @pytest.mark.parametrize("precision", ("fp32", "fp16"))
 def test_the_builders_models_take_a_river(tmp_path: Path, precision: str) -> None:
     GENAI.made()
-    source = save_word_model(tmp_path / "hf")
+    source = save_model(tmp_path / "hf")
     built, river = tmp_path / "built", tmp_path / "river"
     builder = ["-m", "onnxruntime_genai.models.builder", "-i", source, "-o", built, "-e", "cpu", "-p", precision]
     GENAI.call("python", *builder, "-c", tmp_path / "cache")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from river_compile.errors import ConfigError
 from river_compile.runtime import OnnxDecoder
-from tests.families import random_model
-from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river
-from tests.words import save_word_model
+from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river, save_model
 
 MOBIUS = Peer(
     "mobius",
@@ -32,11 +31,11 @@ _ROOM = 32
 def test_its_models_take_a_river(tmp_path: Path, options: tuple[object, ...]) -> None:
     """It brings no runtime of its own: what its models should say, the model that they were made of says."""
     MOBIUS.made()
-    source = save_word_model(tmp_path / "hf")
+    source = save_model(tmp_path / "hf")
     MOBIUS.call("mobius", "build", "--config", source, tmp_path / "built", *options)
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
-        tokens = random_model("llama").generate(
+        tokens = AutoModelForCausalLM.from_pretrained(source).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,

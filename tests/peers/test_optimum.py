@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river
-from tests.words import save_word_model
+from tests.peers.peer import NEW_TOKENS, PROMPT, Peer, check_river, save_model
 
 OPTIMUM = Peer(
     "optimum",
@@ -43,7 +42,7 @@ def _generated(folder: Path) -> list[int]:
 @pytest.mark.slow
 def test_its_models_take_a_river(tmp_path: Path) -> None:
     OPTIMUM.made()
-    source = save_word_model(tmp_path / "hf")
+    source = save_model(tmp_path / "hf")
     built, river = tmp_path / "built", tmp_path / "river"
     OPTIMUM.call("optimum-cli", "export", "onnx", "-m", source, "--task", "text-generation-with-past", built)
     river.mkdir()
