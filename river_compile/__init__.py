@@ -7,12 +7,13 @@ from river_compile.errors import RiverError
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
-    from river_compile.api import ExportReport, Plan, export, plan
+    from river_compile.api import export, plan
     from river_compile.backend import RiverBackend, exact, refresh, reset_stats, set_max_depth, set_tau, stats, tune
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
     from river_compile.measure.tuning import Tuning
+    from river_compile.reports import ExportReport, Plan
     from river_compile.statistics import Stats
 
 __all__ = [
@@ -44,8 +45,8 @@ _HOME = {
     "AgreementTexts": "measure.agreement",
     "Calibration": "measure.calibration",
     "Evaluation": "measure.evaluation",
-    "ExportReport": "api",
-    "Plan": "api",
+    "ExportReport": "reports",
+    "Plan": "reports",
     "RiverBackend": "backend",
     "Stats": "statistics",
     "Tuning": "measure.tuning",

@@ -5,152 +5,24 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, RiverError
+from river_compile.reports import Agreement, ExportReport, Plan, PlannedLinear, Progress, QualityTexts, TuningTexts
 
 if TYPE_CHECKING:
-    import numpy as np
-    import onnx
     import torch
 
     from river_compile.exporters.tensorrt.build import EngineOptions
     from river_compile.exporters.tensorrt.engine import EngineInfo
-    from river_compile.passes.anatomy import Layer
 
-__all__ = [
-    "Agreement",
-    "ExportReport",
-    "Plan",
-    "PlannedLinear",
-    "QualityTexts",
-    "TuningTexts",
-    "build_engine",
-    "export",
-    "plan",
-]
-
-Progress = Callable[[str, int, int], None]
-
-
-class TuningTexts(Protocol):
-    """What shapes a river besides its settings; `river_compile.Tuning` is one."""
-
-    def ids(self, model: onnx.ModelProto) -> list[np.ndarray]:
-        """Token ids of the texts that activation-aware quantizers read, int64 [tokens] each."""
-        ...
-
-    def applied(self, model: Path, ids: Sequence[np.ndarray], config: RiverConfig, progress: Progress) -> RiverConfig:
-        """The config with what texts and budget say of its bits."""
-        ...
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How often a river and its backbone choose the same token.
-
-    Fields:
-        top1: share of tokens, in [0, 1], at threshold ``tau``.
-        tokens, documents: how many were compared, of how many texts.
-        exit_depth: mean backbone layers of a token; None where the model does not tell.
-        advice: what would raise it, where it is low.
-    """
-
-    top1: float
-    tokens: int
-    documents: int
-    tau: float
-    exit_depth: float | None
-    advice: str | None
-
-
-class QualityTexts(Protocol):
-    """What a new river is put to the test on; `river_compile.AgreementTexts` is one."""
-
-    def measured(self, model: Path, config: RiverConfig, progress: Progress) -> Agreement:
-        """The agreement of the river model in a file with its backbone."""
-        ...
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export found and made.
-
-    Fields:
-        source, output: the files; ``output`` is None after a dry run.
-        layers: decoder layers found; ``found_by`` says how: "metadata", "names" or "structure".
-        kinds: how many different structures they have.
-        river_layers: those with a river twin.
-        exit_points: depths after which a token may exit.
-        backbone_bytes, river_bytes: size of all weights of the source, and of the river's.
-        added_nodes: nodes more than the source has.
-        quantizer: what made the river.
-        average_bits: mean bits of a river weight, scales and zero points not counted.
-        notes: what did not go as asked, a line each.
-        seconds: wall time for each step, and "total", which they add up to.
-        agreement: with the backbone; None if it was not measured.
-    """
-
-    source: str
-    output: str | None
-    layers: int
-    found_by: str
-    kinds: int
-    river_layers: int
-    exit_points: tuple[int, ...]
-    backbone_bytes: int
-    river_bytes: int
-    added_nodes: int
-    quantizer: str
-    average_bits: float
-    notes: tuple[str, ...]
-    seconds: dict[str, float]
-    agreement: Agreement | None = None
-
-    def to_json(self) -> str:
-        """The report as one JSON object."""
-        return json.dumps(asdict(self), indent=2)
-
-
-@dataclass(frozen=True)
-class PlannedLinear:
-    """One linear layer of the river: its qualified name, its decoder layer, its width, and its grid.
-
-    ``bits`` and ``group_size`` are None where it stays in the backbone's float type; the report's notes say why.
-    """
-
-    name: str
-    layer: int
-    inputs: int
-    outputs: int
-    bits: int | None
-    group_size: int | None
-
-    @property
-    def grid(self) -> str:
-        """Bits and group size as text: ``4/32``, or ``float``."""
-        return "float" if self.bits is None else f"{self.bits}/{self.group_size}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export would make: the report, the decoder's layers, and the river's linear layers."""
-
-    report: ExportReport
-    layers: tuple[Layer, ...]
-    linears: tuple[PlannedLinear, ...]
-
-    def to_json(self) -> str:
-        """The plan as one JSON object: the report's fields, ``anatomy`` and ``linears``."""
-        layers = [asdict(layer) | {"nodes": len(layer.nodes)} for layer in self.layers]
-        linears = [asdict(linear) for linear in self.linears]
-        return json.dumps(asdict(self.report) | {"anatomy": layers, "linears": linears}, indent=2)
+__all__ = ["build_engine", "export", "plan"]
 
 
 def export(
@@ -195,13 +67,12 @@ def export(
     from river_compile.passes.quantizer import ActivationAware
 
     config = config or RiverConfig()
-    progress = progress or (lambda step, done, total: None)
-    started = time.perf_counter()
+    progress, started = progress or (lambda step, done, total: None), time.perf_counter()
     target = Path(output) if output is not None else _beside(model)
     onnx_file.check_target(target)
     if config.kv_policy != "share":
         raise ConfigError("kv_policy", f"an exported model shares its KV cache; {config.kv_policy!r} is for comparison")
-    chosen = quantizer(config.quantizer)
+    quantizer(config.quantizer)
     steps = _Steps(progress)
     with ExitStack() as stack:
         source, label = _as_onnx(model, target.parent, stack, steps)
@@ -213,10 +84,11 @@ def export(
             with steps("tune", pieces=True):
                 ids = tuning.ids(proto)
                 config = tuning.applied(source, ids, config, progress)
-                if isinstance(chosen, ActivationAware):
+                if isinstance(quantizer(config.quantizer), ActivationAware):
                     linears = rewrite.survey(onnx_file.load(source), source.parent, config)[1].quantized
                     reading = partial(progress, "read tuning texts")
                     moments = Moments(source, linears, ids, reading)
+        chosen = quantizer(config.quantizer)
         result = rewrite.rewrite(
             proto,
             source.parent,
@@ -241,11 +113,11 @@ def export(
         with steps("write", pieces=True):
             writing = partial(progress, "write")
             onnx_file.save(result.model, target, source.parent, config.external_data, writing, look)
-    steps.seconds["write"] -= steps.seconds.get("check", 0.0)
-    agreement = None
-    if quality is not None:
-        with steps("measure agreement", pieces=True):
-            agreement = _agreement(quality, target, config, progress, notes)
+    drafts = tuning.drafts if tuning is not None else None
+    if drafts is not None:
+        onnx_file.note(target, {"river.exact": json.dumps(drafts)})
+    with steps("measure agreement", pieces=True):
+        agreement = _agreement(quality, target, config, progress, notes)
     seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
         source=label,
@@ -263,6 +135,7 @@ def export(
         notes=tuple(notes),
         seconds={name: round(value, 3) for name, value in seconds.items()},
         agreement=agreement,
+        drafts=drafts,
     )
 
 
@@ -293,9 +166,11 @@ class _Steps:
 
 
 def _agreement(
-    quality: QualityTexts, target: Path, config: RiverConfig, progress: Progress, notes: list[str]
+    quality: QualityTexts | None, target: Path, config: RiverConfig, progress: Progress, notes: list[str]
 ) -> Agreement | None:
     """What was measured, noted in the model as well; why it was not goes into the notes: the model is written."""
+    if quality is None:
+        return None
     from river_compile.exporters.onnx import onnx_file
 
     try:

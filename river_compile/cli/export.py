@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from river_compile.cli.console import progress_bars, river_command
 from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
+from river_compile.cli.export_report import show_plan, show_report
 from river_compile.cli.options import (
     bits_option,
     chat_option,
@@ -29,10 +26,8 @@ from river_compile.config import ACTIVATIONS, BITS, FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from river_compile.api import Agreement, ExportReport, Plan
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.tuning import Tuning
-    from river_compile.passes.anatomy import Layer
 
 __all__ = ["main"]
 
@@ -102,6 +97,12 @@ def _bits_for(
 @click.option(
     "--min-depth", type=int, default=_DEFAULTS.min_depth, show_default=True, help="Layers run before any exit."
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="A river for exact decoding: it only drafts, and generation gives the original's own tokens. Where there is a "
+    "tokenizer, quantizer and bits are chosen for the highest measured speed.",
+)
 @click.option("--max-depth", type=int, help="Leave after this many layers at the latest; 0: all river.")
 @click.option(
     "--exit-every", type=int, metavar="K", default=1, show_default=True, help="An exit after every K-th layer."
@@ -146,7 +147,7 @@ def _bits_for(
     is_flag=True,
     help="Do not compare the river with its backbone in the end, on some 300 tokens; done where there is a tokenizer.",
 )
-@texts_option("tuning texts of the package", "--tuning-texts", ", for gptq and for bit budgets")
+@texts_option("tuning texts of the package", "--tuning-texts", ", for gptq, bit budgets and --exact")
 @chat_option
 @click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
 @click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
@@ -177,6 +178,7 @@ def main(
     calibration: Path | None,
     layer_tau: bool,
     min_depth: int,
+    exact: bool,
     max_depth: int | None,
     exit_every: int,
     keep_layers: tuple[int, ...],
@@ -220,6 +222,7 @@ def main(
         calibration=calibration,
         tau_offsets=() if layer_tau and calibration is None else None,
         max_depth=max_depth,
+        exact=exact,
         min_depth=min_depth,
         exit_every=exit_every,
         keep_layers=keep_layers,
@@ -272,9 +275,9 @@ def main(
     if as_json:
         click.echo(text)
     elif planned is not None:
-        _show_plan(console, planned)
+        show_plan(console, planned)
     else:
-        _show_report(console, report)
+        show_report(console, report)
 
 
 def _quality(model: str, tokenizer: str | None, chat: bool) -> AgreementTexts | None:
@@ -309,6 +312,12 @@ def _tuning(
     from river_compile.measure.tuning import Tuning
     from river_compile.passes.quantizer import ActivationAware
 
+    if config.exact and (tokenizer is not None or Path(model).is_dir()):
+        if avg_bits is not None or max_kl is not None or sensitivity:
+            raise ConfigError("exact", "chooses bits by measured speed; a budget of bits is for a river that decides")
+        from river_compile.measure.drafting import DraftTuning
+
+        return DraftTuning(load_tokenizer(tokenizer or model, chat=chat), load_texts(texts) if texts else None)
     aware = isinstance(quantizer(config.quantizer), ActivationAware)
     if not (aware or texts or avg_bits is not None or max_kl is not None or sensitivity):
         return None
@@ -321,64 +330,3 @@ def _tuning(
         max_kl,
         sensitivity,
     )
-
-
-def _show_report(console: Console, report: ExportReport) -> None:
-    table = Table(box=box.SIMPLE, show_header=False)
-    for label, value in _rows(report):
-        table.add_row(label, value)
-    console.print(table)
-    for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True)
-    if report.agreement is not None and report.agreement.advice is not None:
-        console.print(f"agreement {report.agreement.advice}", soft_wrap=True)
-    if report.output is not None:
-        console.print(f"wrote {report.output}", soft_wrap=True)
-
-
-def _rows(report: ExportReport) -> list[tuple[str, str]]:
-    kinds = f" of {report.kinds} kinds" if report.kinds > 1 else ""
-    points = report.exit_points
-    where = f" (after layers {points[0]} to {points[-1]})" if len(points) > 1 else ""
-    bits = "" if math.isnan(report.average_bits) else f", {report.average_bits:.2f} bits on average"
-    return [
-        ("decoder layers", f"{report.layers}{kinds}, found by {report.found_by}"),
-        ("river layers", f"{report.river_layers}"),
-        ("river", f"{_megabytes(report.river_bytes)} beside a model of {_megabytes(report.backbone_bytes)}"),
-        ("quantizer", f"{report.quantizer}{bits}"),
-        ("exit points", f"{len(points)}{where}"),
-        *([("added nodes", str(report.added_nodes))] if report.output is not None else []),
-        *([("agreement", _agreement(report.agreement))] if report.agreement is not None else []),
-        ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
-    ]
-
-
-def _agreement(found: Agreement) -> str:
-    depth = "" if found.exit_depth is None else f", mean exit depth {found.exit_depth:.1f}"
-    of = f"{found.tokens} tokens of {found.documents} texts"
-    return f"{found.top1:.1%} with the backbone at tau {found.tau:g}, on {of}{depth}"
-
-
-def _show_plan(console: Console, plan: Plan) -> None:
-    _show_report(console, plan.report)
-    table = Table(box=box.SIMPLE, title="Decoder layers", title_justify="left")
-    for column in ("layers", "kind", "nodes", "cache slots", "river linears (bits/group size)"):
-        table.add_column(column, overflow="fold")
-    for row, alike in groupby(plan.layers, key=lambda layer: _plan_row(plan, layer)):
-        indices = [layer.index for layer in alike]
-        table.add_row(f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0]), *row)
-    console.print(table)
-    head = [linear for linear in plan.linears if linear.layer == len(plan.layers)]
-    if head:
-        console.print(f"LM head after an exit: {head[0].name} {head[0].grid}")
-    console.print("dry run: nothing written")
-
-
-def _plan_row(plan: Plan, layer: Layer) -> tuple[str, ...]:
-    linears = [linear for linear in plan.linears if linear.layer == layer.index]
-    shown = ", ".join(f"{linear.name.rsplit('.', 1)[-1]} {linear.grid}" for linear in linears)
-    return str(layer.kind), str(len(layer.nodes)), str(len(layer.caches)), shown or "none: backbone only"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from river_compile.api import Agreement
 from river_compile.config import RiverConfig
 from river_compile.measure.fidelity import Document, TextTokenizer, shipped_texts, spread, tokenize
+from river_compile.reports import Agreement
 
 if TYPE_CHECKING:
     from river_compile.runtime import OnnxDecoder

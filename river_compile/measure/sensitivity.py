@@ -17,7 +17,15 @@ from river_compile.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from river_compile.exporters.onnx.swap import SwappableModel
 
-__all__ = ["LinearCost", "Sensitivity", "choose_bits", "measure_sensitivity", "sensitivity_of"]
+__all__ = [
+    "LinearCost",
+    "Sensitivity",
+    "choose_bits",
+    "divergence",
+    "measure_sensitivity",
+    "sensitivity_of",
+    "starts",
+]
 
 Bits = int | Literal["float"]
 
@@ -195,7 +203,7 @@ def sensitivity_of(
     progress: Callable[[str, int, int], None],
 ) -> Sensitivity:
     """`measure_sensitivity` of a model that is loaded already."""
-    batch = _pieces(ids, tokens)
+    batch = starts(ids, tokens)
     reference = swappable.logits(batch)
     costs: list[LinearCost] = []
     everything: dict[str, np.ndarray] = {}
@@ -203,13 +211,15 @@ def sensitivity_of(
         progress("measure sensitivity", done, len(swappable.linears) + 1)
         changed = swappable.quantized(linear, 4)
         costs.append(
-            LinearCost(linear.name, linear.layer, linear.weights, _kl(reference, swappable.logits(batch, changed)))
+            LinearCost(
+                linear.name, linear.layer, linear.weights, divergence(reference, swappable.logits(batch, changed))
+            )
         )
         everything |= changed
-    together = _kl(reference, swappable.logits(batch, everything))
+    together = divergence(reference, swappable.logits(batch, everything))
     head = swappable.head
     if head is not None:
-        cost = _kl(reference, swappable.logits(batch, swappable.quantized(head, 4)))
+        cost = divergence(reference, swappable.logits(batch, swappable.quantized(head, 4)))
         head_cost = LinearCost(head.name, head.layer, head.weights, cost)
     progress("measure sensitivity", 1, 1)
     return Sensitivity(
@@ -224,7 +234,7 @@ def sensitivity_of(
     )
 
 
-def _pieces(ids: Sequence[np.ndarray], tokens: int) -> np.ndarray:
+def starts(ids: Sequence[np.ndarray], tokens: int) -> np.ndarray:
     """Starts of texts, all of one length, spread over the texts: int64 [pieces, 64]."""
     long_enough = [text for text in ids if len(text) >= _PIECE]
     if not long_enough:
@@ -234,7 +244,7 @@ def _pieces(ids: Sequence[np.ndarray], tokens: int) -> np.ndarray:
     return np.stack([long_enough[index][:_PIECE] for index in spread])
 
 
-def _kl(reference: np.ndarray, logits: np.ndarray) -> float:
+def divergence(reference: np.ndarray, logits: np.ndarray) -> float:
     """Mean KL a token of float32 [batch, tokens, vocabulary]."""
     total = 0.0
     for row, other in zip(reference, logits, strict=True):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,11 @@ class Tuning:
     def __post_init__(self) -> None:
         if self.avg_bits is not None and self.max_kl is not None:
             raise ConfigError("avg_bits", "give avg_bits or max_kl, not both")
+
+    @property
+    def drafts(self) -> Mapping[str, Any] | None:
+        """Nothing is measured of drafts."""
+        return None
 
     def ids(self, model: onnx.ModelProto) -> list[np.ndarray]:
         """Token ids of the texts, int64 [tokens] each.

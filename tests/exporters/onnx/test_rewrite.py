@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from river_compile.api import ExportReport, export
+from river_compile.api import export
 from river_compile.config import RiverConfig
+from river_compile.reports import ExportReport
 from tests.families import LAYERS, NAMED, VOCABULARY
 from tests.oracle import Oracle, Player, assert_close, session
 
