@@ -16,7 +16,7 @@ import river_compile
 from river_compile import RiverBackend, RiverConfig
 from river_compile.exporters.torch.linear import Dequantized
 from tests.families import random_model
-from tests.torch_models import as_it_is, prompt
+from tests.torch_models import as_it_is, prompt, with_river_from
 
 TOKENS = 6
 GREEDY: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
@@ -226,3 +226,25 @@ def test_a_copy_made_while_it_generates_is_on_its_own() -> None:
     copies[0].generate(prompt(1, 4), **GREEDY)
     assert passes(backend) == before
     assert river_compile.stats(compiled).decode_depths == {2: TOKENS - 1}
+
+
+def test_a_model_with_adapters_runs_compiled_and_the_river_follows_a_merge() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(0)
+        modules = ["q_proj", "up_proj"]
+        return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=modules, init_lora_weights=False)).eval()
+
+    compiled, backend = quick(adapted(random_model("llama", 2)), tau=2.0)
+    expected = adapted(random_model("llama", 2)).generate(input_ids=prompt(1, 4), **GREEDY)
+    assert torch.equal(compiled.generate(input_ids=prompt(1, 4), **GREEDY), expected)
+    assert passes(backend) == TOKENS
+    # Dynamo compiles one method a few times only.
+    torch.compiler.reset()
+    base = random_model("llama", 2)
+    river, _ = quick(base, max_depth=0, prefill="river")
+    river.generate(prompt(1, 4), **GREEDY)
+    merged = adapted(base).merge_and_unload()
+    expected = with_river_from(merged, 0).generate(prompt(1, 4), **GREEDY)
+    assert torch.equal(river.generate(prompt(1, 4), **GREEDY), expected)
