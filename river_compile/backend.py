@@ -176,6 +176,8 @@ class RiverBackend:
         }
         for parameter in parameters.values():
             self._parameters[parameter] = None
+        if not parameters and any(isinstance(held, torch.nn.Parameter) for held in module.parameters()):
+            raise InputError("the weights are frozen into the graph (torch._inductor.config.freezing is on)")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters.values()):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
         return import_graph(module, list(parameters)), parameters
