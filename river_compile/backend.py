@@ -177,6 +177,8 @@ class RiverBackend(State):
             for node, value in zip(placeholders, inputs, strict=True)
             if isinstance(value, torch.nn.Parameter)
         }
+        if not parameters and any(isinstance(held, torch.nn.Parameter) for held in module.parameters()):
+            raise InputError("the weights are frozen into the graph (torch._inductor.config.freezing is on)")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters.values()):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
         return import_graph(module, list(parameters)), parameters

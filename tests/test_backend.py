@@ -19,7 +19,7 @@ from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.linear import Dequantized
 from tests.families import LAYERS, random_model
-from tests.torch_models import as_it_is, play, prompt
+from tests.torch_models import as_it_is, assert_same, play, prompt
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
@@ -209,6 +209,26 @@ def test_strict_makes_a_fallback_an_error(use: Any) -> None:
     compiled, _ = quick(model, strict=True)
     with pytest.raises(RiverError):
         use(model, compiled)
+
+
+def test_weights_frozen_into_the_graph_fall_back_and_say_what_froze_them() -> None:
+    model = random_model("llama", 2)
+    compiled, backend = quick(model)
+    why = r"frozen into the graph \(torch\._inductor\.config\.freezing is on\)"
+    with torch._inductor.config.patch(freezing=True), pytest.warns(UserWarning, match=why):
+        play(model, compiled, prompt(1, 3), 0, "dynamic")
+    assert backend.stats().graphs == 0
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:no exit river")
+def test_a_model_with_flex_attention_has_a_river() -> None:
+    """Each of its layers holds a graph of its own, that of the mask; what is around the decoder are other graphs."""
+    model = random_model("llama", 2)
+    expected = play(model, model, prompt(1, 3), 1, "dynamic")
+    model.set_attn_implementation("flex_attention")
+    compiled, backend = quick(model, tau=2.0)
+    assert_same(play(model, compiled, prompt(1, 3), 1, "dynamic"), expected)
+    assert backend.stats().river_layers == 2
 
 
 def test_layers_whose_widths_no_group_divides_fall_back() -> None:

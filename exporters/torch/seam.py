@@ -1,10 +1,15 @@
 """The one place that touches what torch does not promise to keep: Inductor on a piece, and Dynamo's symbolic sizes.
 
-torch 2.11 to 2.13 have all of it. Where something is missing, the error says what.
+`make test-versions` runs it with the oldest torch that pyproject.toml allows and with the newest. Where something is
+missing, the error says what.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,11 +34,14 @@ __all__ = [
 ]
 
 
+_PACKAGE = f"{__name__.partition('.')[0]}."
+
+
 class UnsupportedTorch(RiverError):
     """This torch lacks a private interface that the backend needs."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"torch {torch.__version__} lacks {what}; this package knows torch 2.11 to 2.13")
+        super().__init__(f"torch {torch.__version__} lacks {what}, which this release of river-compile needs")
 
 
 def compile_piece(
@@ -62,10 +70,29 @@ def compile_piece(
         module,
         examples,
         dynamic_shapes="from_tracing_context",
-        options={"config_patches": options} if options else {},
+        options={"config_patches": {**_cacheable(module), **(options or {})}},
     )
     # The artifact's own call only hands the arguments on.
     return getattr(artifact, "_compiled_fn", artifact)  # type: ignore[no-any-return]
+
+
+def _cacheable(module: fx.GraphModule) -> dict[str, Any]:
+    """The setting that lets a graph with functions of this package into the cache on disk, as long as their source is
+    what it was; without it nothing but Inductor's own part is found again by the next process."""
+    known = getattr(torch._inductor.config, "unsafe_marked_cacheable_functions", None)
+    if known is None:
+        return {}
+    own = {
+        f"{node.target.__module__}.{node.target.__name__}": _digest_of(node.target.__module__)
+        for node in module.graph.nodes
+        if node.op == "call_function" and str(getattr(node.target, "__module__", "")).startswith(_PACKAGE)
+    }
+    return {"unsafe_marked_cacheable_functions": {**known, **own}} if own else {}
+
+
+@functools.cache
+def _digest_of(module: str) -> str:
+    return hashlib.sha256(inspect.getsource(sys.modules[module]).encode()).hexdigest()
 
 
 def compile_whole(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

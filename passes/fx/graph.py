@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ __all__ = [
     "written_roots",
 ]
 
+_OVERLOAD, _PACKET = type(torch.ops.aten.add.Tensor), type(torch.ops.aten.add)
 _IN_PLACE = re.compile(r"[a-z0-9]_$")
 _VIEWS = {
     "getitem",
@@ -120,9 +122,9 @@ def operation(node: fx.Node) -> str:
     """The bare name of what a node calls: ``add``, ``index_copy_``, ``linear``."""
     if node.op == "call_method":
         return str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target._schema.name.rpartition("::")[2])
-    return str(getattr(node.target, "__name__", node.target))
+    # Of the overloads of one operation the name is that of all.
+    target = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(target, "__name__", target))
 
 
 def written_roots(node: fx.Node) -> list[fx.Node]:
@@ -153,11 +155,12 @@ def written_inputs(graph: FxGraph) -> frozenset[str]:
 
 
 def _is_foreign(target: Any) -> bool:
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if isinstance(target, _OVERLOAD) and target._schema.is_mutable:
         return True
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(target, (_OVERLOAD, _PACKET)):
         return not str(target).startswith(("aten.", "prims."))
-    return isinstance(target, torch._ops.HigherOrderOperator)
+    # What is left beside functions are operators on graphs and what others have made.
+    return callable(target) and not inspect.isroutine(target)
 
 
 def _memory_of(value: Any) -> list[int]:

@@ -63,9 +63,9 @@ def _mask(graph: FxGraph, layer: Layer) -> fx.Node | None:
 
 
 def _with_similarity(piece: Piece, layer: Layer, mask: fx.Node | None) -> Piece:
-    module = fx.GraphModule(piece.module, fx.Graph())
+    graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    module.graph.graph_copy(piece.graph, copies)
+    graph.graph_copy(piece.graph, copies)
     for old, new in copies.items():
         new.meta = dict(old.meta)
     inputs = piece.inputs
@@ -75,14 +75,14 @@ def _with_similarity(piece: Piece, layer: Layer, mask: fx.Node | None) -> Piece:
         if named is not None:
             padding = copies[named]
         else:
-            with module.graph.inserting_after(copies[list(piece.placeholders.values())[-1]]):
-                padding = module.graph.placeholder(mask.name)
+            with graph.inserting_after(copies[list(piece.placeholders.values())[-1]]):
+                padding = graph.placeholder(mask.name)
             padding.meta = {"example_value": value_of(mask)}
             inputs = (*inputs, mask.name)
     before = copies[piece.placeholders[layer.hidden_in]]
     after = copies[piece.results[layer.hidden_out]]
-    least = module.graph.call_function(similarity, (before, after, padding))
-    module.graph.output((*(copies[node] for node in piece.results.values()), least))
-    module.graph.lint()
-    module.recompile()
+    least = graph.call_function(similarity, (before, after, padding))
+    graph.output((*(copies[node] for node in piece.results.values()), least))
+    graph.lint()
+    module = fx.GraphModule(piece.module, graph)
     return Piece(module, inputs, (*piece.outputs, similarity_name(layer.index)))

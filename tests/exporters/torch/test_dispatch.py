@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
@@ -110,6 +111,7 @@ def test_each_piece_can_bind_every_size_that_it_needs(family: str, window: int) 
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_inductor_compiles_each_kind_of_piece_once(cache: str) -> None:
+    counters["aot_autograd"].clear()
     case = Case("llama", compiler=None)
     for depth in (0, 1, LAYERS):
         case.check(depth, 1, 3, cache)
@@ -118,6 +120,9 @@ def test_inductor_compiles_each_kind_of_piece_once(cache: str) -> None:
     assert stats.graphs >= 2
     assert stats.artifacts <= 4 * stats.graphs
     assert not stats.fallbacks
+    # The next process finds each of them on disk.
+    assert counters["aot_autograd"]["total"] >= stats.artifacts
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]
 
 
 def test_the_twins_differ_by_more_than_the_tolerance() -> None:
