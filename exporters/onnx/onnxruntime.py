@@ -12,7 +12,7 @@ from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "float_type", "pack"]
+__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "float_type", "operands"]
 
 DOMAIN = "com.microsoft"
 
@@ -30,11 +30,10 @@ class MatMulNBits:
         self._accuracy = {"accuracy_level": INT8_ACCURACY} if activations == "int8" else {}
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, like: gs.Constant) -> Sequence[gs.Constant]:
-        return (
-            graph.add_weight(f"{name}.values", pack(weight.values, weight.bits)),
-            graph.add_weight(f"{name}.scales", weight.scales.astype(float_type(like))),
-            graph.add_weight(f"{name}.zero_points", pack(weight.zero_points, weight.bits)),
-        )
+        return [
+            graph.add_weight(f"{name}.{part}", values.astype(float_type(like)) if part == "scales" else values)
+            for part, values in operands(weight).items()
+        ]
 
     def product(
         self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
@@ -66,7 +65,16 @@ def float_type(constant: gs.Constant) -> np.dtype:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype) if isinstance(dtype, int) else dtype)
 
 
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
+def operands(weight: QuantizedWeight) -> dict[str, np.ndarray]:
+    """What ``MatMulNBits`` takes for a weight, in its order: values, scales (float32 as yet) and zero points."""
+    return {
+        "values": _pack(weight.values, weight.bits),
+        "scales": weight.scales,
+        "zero_points": _pack(weight.zero_points, weight.bits),
+    }
+
+
+def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     """Grid indices as ``MatMulNBits`` takes them: at 4 bits two a byte, the low half first, along the last axis."""
     if bits != 4:
         return np.ascontiguousarray(values)
