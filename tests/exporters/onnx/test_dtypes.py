@@ -2,70 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.exporters.onnx.hf import export_decoder
-from tests.families import LAYERS, VOCABULARY, random_model
-from tests.oracle import Oracle, Player, assert_close, session
+from tests.conftest import Exported
+from tests.oracle import assert_every_depth
 
-Halves = Callable[[str, torch.dtype], Path]
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    def model(family: str, dtype: torch.dtype) -> Path:
-        path = tmp_path_factory.mktemp("half") / "model.onnx"
-        export_decoder(random_model(family, dtype=dtype), path)
-        return path
-
-    return model
-
-
-def _assert_all_depths(oracle: Oracle, river: Path, tolerance: float) -> None:
-    runner = session(river)
-    for depth in range(LAYERS + 1):
-        rng = np.random.default_rng(depth)
-        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
-        for length in (5, 1, 1):
-            ids = rng.integers(3, VOCABULARY, (2, length))
-            outputs = found.step(ids, max_depth=depth)
-            assert_close(outputs, expected.step(ids), tolerance)
-            assert outputs["river.exit_depth"] == depth
+LAYERS = 2
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_float16(halves: Halves, family: str, tmp_path: Path) -> None:
-    original, river = halves(family, torch.float16), tmp_path / "m.onnx"
+def test_float16(exported: Exported, family: str, tmp_path: Path) -> None:
+    original, river = exported(family, LAYERS, "float16"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, activations="float"))
-    # float16 has 11 bits: 4e-3 of the range is a handful of roundings in each of four layers.
-    _assert_all_depths(Oracle(original, river), river, 4e-3)
+    # float16 has 11 bits: 4e-3 of the range is a handful of roundings in each layer.
+    assert_every_depth(original, river, tolerance=4e-3)
 
 
-def test_bfloat16(halves: Halves, tmp_path: Path) -> None:
+def test_bfloat16(exported: Exported, tmp_path: Path) -> None:
     """ONNX Runtime's CPU has no bfloat16 kernels, for the plain model neither. So the exported graph, its weights and
     casts widened to float32, is compared with the original, widened alike: the wiring is what is tested."""
-    original, river = halves("llama", torch.bfloat16), tmp_path / "m.onnx"
+    original, river = exported("llama", LAYERS, "bfloat16"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, activations="float"))
     types = {tensor.data_type for tensor in onnx.load(river).graph.initializer if ".scales" in tensor.name}
     assert types == {TensorProto.BFLOAT16}
     wide, wide_river = tmp_path / "wide.onnx", tmp_path / "wide.river.onnx"
     _widen(original, wide)
     _widen(river, wide_river)
-    _assert_all_depths(Oracle(wide, wide_river), wide_river, 1e-4)
+    assert_every_depth(wide, wide_river)
 
 
-def test_similarity_is_computed_in_float32(halves: Halves, tmp_path: Path) -> None:
+def test_similarity_is_computed_in_float32(exported: Exported, tmp_path: Path) -> None:
     river = tmp_path / "m.onnx"
-    export(halves("llama", torch.float16), river)
+    export(exported("llama", LAYERS, "float16"), river)
     for node in onnx.load(river).graph.node:
         for branch in (a.g for a in node.attribute if a.name == "else_branch"):
             kinds = {o: n for n in branch.node for o in n.output}
