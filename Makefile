@@ -31,10 +31,10 @@ gemma3: $(STAMP)
 	PYTHONPATH=.cache/gemma3-packages $(BIN)/python samples/gemma3.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The oldest and the newest releases in the ranges of pyproject.toml; an hour and some gigabytes.
 test-versions:

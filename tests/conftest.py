@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from filelock import FileLock
@@ -16,26 +16,33 @@ _ROOT = Path(__file__).parent.parent
 _SOURCES = tuple(_ROOT / name for name in ("exporters/onnx/hf.py", "exporters/onnx/tracing.py", "tests/families.py"))
 
 
+class Exported(Protocol):
+    """A family's small random model as ONNX."""
+
+    def __call__(self, family: str, layers: int = ..., dtype: str = ...) -> Path: ...
+
+
 @pytest.fixture(scope="session")
-def exported() -> Callable[[str], Path]:
-    """A family's small random model as ONNX, exported once and kept under .cache until its sources change."""
+def exported() -> Exported:
+    """Each model is exported once and kept under .cache until its sources change."""
     import torch
     import transformers
 
     from river_compile.exporters.onnx.hf import export_decoder
-    from tests.families import random_model
+    from tests.families import LAYERS, random_model
 
     state = "".join(path.read_text() for path in _SOURCES) + torch.__version__ + transformers.__version__
     folder = _ROOT / ".cache" / "tests" / hashlib.sha256(state.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
-    def model(family: str) -> Path:
-        path = folder / family / "model.onnx"
-        with FileLock(folder / f"{family}.lock"):
+    def model(family: str, layers: int = LAYERS, dtype: str = "float32") -> Path:
+        name = f"{family}.{layers}.{dtype}"
+        path, part = folder / name / "model.onnx", folder / f"{name}.part"
+        with FileLock(folder / f"{name}.lock"):
             if not path.exists():
-                (folder / f"{family}.part").mkdir(exist_ok=True)
-                export_decoder(random_model(family), folder / f"{family}.part" / "model.onnx")
-                (folder / f"{family}.part").rename(folder / family)
+                part.mkdir(exist_ok=True)
+                export_decoder(random_model(family, layers, getattr(torch, dtype)), part / path.name)
+                part.rename(path.parent)
         return path
 
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+_SETTINGS = {"tau": np.float32, "max_depth": np.int64, "tau_offsets": np.float32}
 _WEIGHT = re.compile(r"river/(?P<names>.+)\.q(?P<bits>\d)g(?P<group>\d+)\.values")
 
 
@@ -112,21 +114,25 @@ class Player:
         self, ids: np.ndarray, mask: np.ndarray | None = None, using: ort.InferenceSession | None = None, **river: Any
     ) -> dict[str, np.ndarray]:
         """All outputs of one pass, by name. ``river`` may give tau and max_depth."""
-        runner = using or self.session
+        outputs = self.run(using or self.session, ids, mask, river)
+        self.caches = {name: outputs[present(name)] for name in self.caches}
+        return outputs
+
+    def run(
+        self, runner: Any, ids: np.ndarray, mask: np.ndarray | None, river: Mapping[str, Any]
+    ) -> dict[str, np.ndarray]:
+        """All outputs of one pass over what was seen so far, the caches not moved on."""
         self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
         positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
         feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, **self.caches}
         wanted = {value.name for value in runner.get_inputs()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
-        kinds = {"tau": np.float32, "max_depth": np.int64}
-        feeds |= {f"river.{name}": np.array(value, kinds[name]) for name, value in river.items()}
+        feeds |= {f"river.{name}": np.array(value, _SETTINGS[name]) for name, value in river.items()}
         names = [value.name for value in runner.get_outputs()]
-        outputs = dict(zip(names, runner.run(None, feeds), strict=True))
-        self.caches = {name: outputs[_present(name)] for name in self.caches}
-        return outputs
+        return dict(zip(names, runner.run(None, feeds), strict=True))
 
 
-def _present(past: str) -> str:
+def present(past: str) -> str:
     return past.replace("past_key_values", "present")
 
 
@@ -138,3 +144,26 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
         bound = tolerance * max(float(np.ptp(value)) if value.size else 0.0, 1e-3)
         difference = float(np.abs(found[name].astype(np.float32) - value.astype(np.float32)).max(initial=0))
         assert difference <= bound, f"{name}: {difference} > {bound}"
+
+
+def assert_every_depth(
+    original: Path,
+    river: Path,
+    *,
+    depths: Iterable[int] | None = None,
+    batch: int = 2,
+    lengths: Sequence[int] = (5, 1, 1),
+    tolerance: float = 1e-4,
+    kept: bool = False,
+) -> None:
+    """At each depth (all if None) the outputs of a prompt and of what follows it, so ``lengths``, are the
+    oracle's; and the exit depth is that depth, unless layers are ``kept`` without a twin."""
+    oracle, runner = Oracle(original, river), session(river)
+    for depth in range(oracle.layers + 1) if depths is None else depths:
+        rng = np.random.default_rng(depth)
+        found, expected = Player(runner, batch), Player(oracle.at(depth), batch)
+        for length in lengths:
+            ids = rng.integers(3, 100, (batch, length))
+            outputs = found.step(ids, max_depth=depth, tau=2.0)
+            assert_close(outputs, expected.step(ids), tolerance)
+            assert kept or outputs["river.exit_depth"] == depth

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
+
+from tests.oracle import Player, present
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16}
 
@@ -53,14 +55,11 @@ def _value(value: onnx.ValueInfoProto) -> _Value:
 
 
 @dataclass
-class StaticPlayer:
-    """As `tests.oracle.Player`, for static caches; settings are ordinary inputs, so both are always fed."""
+class StaticPlayer(Player):
+    """For static caches; settings are ordinary inputs, so both are always fed."""
 
     session: ort.InferenceSession | ReferenceSession
-    batch: int
     settings: dict[str, Any]
-    mask: np.ndarray = field(init=False)
-    caches: dict[str, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         self.mask = np.zeros((self.batch, 0), np.int64)
@@ -72,23 +71,21 @@ class StaticPlayer:
                 shape = (self.batch, value.shape[1], length, value.shape[3])
                 self.caches[value.name] = np.full(shape, UNTOUCHED, dtype)
 
-    def step(self, ids: np.ndarray, mask: np.ndarray | None = None, **river: Any) -> dict[str, np.ndarray]:
+    def step(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, using: Any = None, **river: Any
+    ) -> dict[str, np.ndarray]:
         """All outputs of one pass, by name; of a static cache the filled part."""
-        self.mask = np.concatenate([self.mask, np.ones_like(ids) if mask is None else mask], axis=1)
-        positions = np.maximum(self.mask.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
-        kinds = {"tau": np.float32, "max_depth": np.int64, "tau_offsets": np.float32}
+        runner = using or self.session
         settings = {**self.settings, **river}
-        feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, **self.caches}
-        feeds |= {f"river.{name}": np.array(value, kinds[name]) for name, value in settings.items()}
-        wanted = {value.name for value in self.session.get_inputs()}
-        names = [value.name for value in self.session.get_outputs()]
-        found = self.session.run(None, {name: value for name, value in feeds.items() if name in wanted})
-        outputs = dict(zip(names, found, strict=True))
+        wanted = {value.name for value in runner.get_inputs()}
+        outputs = self.run(
+            runner, ids, mask, {name: value for name, value in settings.items() if f"river.{name}" in wanted}
+        )
         total = self.mask.shape[1]
         for past, buffer in self.caches.items():
-            present = past.replace("past_key_values", "present")
-            if buffer.shape[2] == outputs[present].shape[2] and buffer.shape[2]:
-                assert (outputs[present][:, :, total:] == UNTOUCHED).all(), f"{present} was written beyond its end"
-            self.caches[past] = outputs[present]
-            outputs[present] = outputs[present][:, :, :total]
+            name = present(past)
+            if buffer.shape[2] == outputs[name].shape[2] and buffer.shape[2]:
+                assert (outputs[name][:, :, total:] == UNTOUCHED).all(), f"{name} was written beyond its end"
+            self.caches[past] = outputs[name]
+            outputs[name] = outputs[name][:, :, :total]
         return outputs

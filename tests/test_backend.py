@@ -109,11 +109,11 @@ def test_tau_and_depth_change_without_compiling_anew() -> None:
 def test_min_depth_and_exit_every_say_where_a_token_may_exit() -> None:
     model = random_model("llama")
     compiled, backend = quick(model, tau=-1.0, min_depth=2)
-    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    play(model, compiled, prompt(1, 3), 2, "static")
     assert backend.stats().decode_depths == {2: 2}
     torch.compiler.reset()
     compiled, backend = quick(model, tau=-1.0, exit_every=3)
-    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    play(model, compiled, prompt(1, 3), 2, "static")
     assert backend.stats().decode_depths == {3: 2}
 
 
@@ -124,7 +124,7 @@ def test_layers_can_have_thresholds_of_their_own_and_a_calibration_sets_them() -
     for options in ({"tau": -1.0, "tau_offsets": offsets}, {"calibration": evidence}):
         torch.compiler.reset()
         compiled, backend = quick(model, **options)
-        play(model, compiled, prompt(1, 3), 2, "dynamic")
+        play(model, compiled, prompt(1, 3), 2, "static")
         assert backend.stats().decode_depths == {3: 2}
 
 
@@ -140,7 +140,7 @@ def test_what_does_not_fit_the_model_or_the_backend_is_one_clear_error(options: 
 def test_a_kept_layer_runs_on_the_backbone_after_the_exit() -> None:
     model = random_model("llama")
     compiled, backend = quick(model, tau=-1.0, keep_layers=(-1,))
-    play(model, compiled, prompt(1, 3), 2, "dynamic")
+    play(model, compiled, prompt(1, 3), 2, "static")
     assert backend.stats().decode_depths == {2: 2}
     assert "layer 3 stays backbone only: asked for" in backend.stats().notes
 
@@ -257,8 +257,16 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("form", "batch"),
+    [
+        *(("greedy", batch) for batch in (1, 3)),
+        *(("static cache", batch) for batch in (1, 3)),
+        ("sampling", 3),
+        ("beam search", 3),
+        *(pytest.param(form, 1, marks=pytest.mark.slow) for form in ("sampling", "beam search")),
+    ],
+)
 def test_generate_is_as_ever_with_exits_off(form: str, batch: int) -> None:
     model = random_model("llama", 2)
     ids = prompt(batch, 5)

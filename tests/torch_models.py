@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import fx
 from transformers import DynamicCache, StaticCache
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.passes.fx.graph import FxGraph, import_graph
-from tests.families import VOCABULARY, random_model
+from tests.families import FAMILIES, VOCABULARY, random_model
 
 # Tests run in as many workers as there are cores.
 torch.set_num_threads(1)
@@ -23,6 +24,12 @@ CACHES = ("dynamic", "static")
 # transformers' own code: bloom raises with a static cache in eager mode too, mpt slices by values and breaks the graph.
 WITHOUT_STATIC_CACHE = ("bloom", "mpt")
 MAX_LENGTH = 128
+
+
+def family_and_cache(quick: Collection[tuple[str, str]]) -> list[Any]:
+    """Every family with every cache that it has; what is not named as quick runs with the slow tests."""
+    pairs = [(f, c) for f in FAMILIES for c in CACHES if c == "dynamic" or f not in WITHOUT_STATIC_CACHE]
+    return [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
 
 
 def as_it_is(module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:

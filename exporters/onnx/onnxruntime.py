@@ -13,7 +13,7 @@ from river_compile.passes.onnx.grow_river import ProductShape
 from river_compile.passes.onnx.twin import outer
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "pack"]
+__all__ = ["DOMAIN", "INT8_ACCURACY", "MatMulNBits", "operands"]
 
 DOMAIN = "com.microsoft"
 
@@ -36,11 +36,10 @@ class MatMulNBits:
         self._int8 = activations == "int8"
 
     def weights(self, graph: OnnxGraph, name: str, weight: QuantizedWeight, scales: np.dtype) -> Sequence[gs.Constant]:
-        return (
-            graph.add_weight(f"{name}.values", pack(weight.values, weight.bits)),
-            graph.add_weight(f"{name}.scales", weight.scales.astype(scales)),
-            graph.add_weight(f"{name}.zero_points", pack(weight.zero_points, weight.bits)),
-        )
+        return [
+            graph.add_weight(f"{name}.{part}", values.astype(scales) if part == "scales" else values)
+            for part, values in operands(weight).items()
+        ]
 
     def product(
         self, activation: str, weight: Sequence[gs.Constant], shape: ProductShape, bias: str | None, output: gs.Variable
@@ -77,7 +76,16 @@ def _cast(source: str, result: gs.Variable) -> gs.Node:
     return gs.Node("Cast", f"{result.name}/Cast", attrs={"to": to}, inputs=[outer(source)], outputs=[result])
 
 
-def pack(values: np.ndarray, bits: int) -> np.ndarray:
+def operands(weight: QuantizedWeight) -> dict[str, np.ndarray]:
+    """What ``MatMulNBits`` takes for a weight, in its order: values, scales (float32 as yet) and zero points."""
+    return {
+        "values": _pack(weight.values, weight.bits),
+        "scales": weight.scales,
+        "zero_points": _pack(weight.zero_points, weight.bits),
+    }
+
+
+def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     """Grid indices as ``MatMulNBits`` takes them: at 4 bits two a byte, the low half first, along the last axis."""
     if bits != 4:
         return np.ascontiguousarray(values)

@@ -74,11 +74,8 @@ class MatMulNBits:
     max_rows = 1 << 30
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-        values, zero_points = (
-            torch.from_numpy(onnxruntime.pack(numbers, weight.bits)).to(device)
-            for numbers in (weight.values, weight.zero_points)
-        )
-        return values, torch.from_numpy(weight.scales).to(device, dtype), zero_points
+        values, scales, zero_points = map(torch.from_numpy, onnxruntime.operands(weight).values())
+        return values.to(device), scales.to(device, dtype), zero_points.to(device)
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:

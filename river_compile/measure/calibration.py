@@ -19,10 +19,8 @@ from river_compile.measure.fidelity import (
     TextTokenizer,
     TokenizedDocument,
     check_lengths,
-    chosen_texts,
     compare,
-    spread,
-    tokenize,
+    decoded_documents,
 )
 from river_compile.measure.readings import Readings
 from river_compile.measure.risk import check_risk, fixed_sequence, hoeffding_bentkus, least_documents
@@ -191,7 +189,16 @@ def calibrate(
     subject = _subject(model, threads)
     if by_layer and not subject.has_offsets:
         raise ConfigError("by_layer", "the model has one threshold for all layers; export it with room for more")
-    documents = _documents(texts, tokenizer, subject.vocabulary, prompt_tokens, max_tokens, max_documents)
+    documents = decoded_documents(
+        texts,
+        "calibration",
+        tokenizer,
+        subject.vocabulary,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        count=max_documents,
+        skip_short=False,
+    )
     need = least_documents(max_risk, confidence)
     kept = Readings(cache, f"calibration 2 {subject.fingerprint()} {prompt_tokens}")
     reader = _Reader(subject, loss, kl_clip, prompt_tokens, kept, progress)
@@ -257,24 +264,6 @@ def _subject(model: Any, threads: int | None) -> Calibratable:
     if hasattr(model, "read"):
         return model  # type: ignore[no-any-return]
     return TorchCalibratable(model)
-
-
-def _documents(
-    texts: Sequence[str | Path] | Sequence[Document] | None,
-    tokenizer: TextTokenizer,
-    vocabulary: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    max_documents: int | None,
-) -> list[TokenizedDocument]:
-    if max_documents is not None and max_documents < 1:
-        raise ConfigError("max_documents", f"must be 1 or more, not {max_documents}")
-    whole = tokenize(chosen_texts(texts, "calibration"), tokenizer, vocabulary)
-    short = next((document for document in whole if len(document.ids) <= prompt_tokens), None)
-    if short is not None:
-        raise InputError(f"{short.id}: {len(short.ids)} tokens are no more than the prompt's {prompt_tokens}")
-    chosen = spread(whole, max_documents)
-    return [TokenizedDocument(document.id, document.kind, document.ids[:max_tokens]) for document in chosen]
 
 
 def _split(documents: list[TokenizedDocument]) -> tuple[list[TokenizedDocument], list[TokenizedDocument]]:

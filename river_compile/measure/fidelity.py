@@ -29,6 +29,7 @@ __all__ = [
     "check_lengths",
     "chosen_texts",
     "compare",
+    "decoded_documents",
     "hub_tokenizer",
     "load_texts",
     "load_tokenizer",
@@ -196,6 +197,37 @@ def spread(documents: list[TokenizedDocument], count: int | None) -> list[Tokeni
     if count < 1:
         raise ConfigError("max_documents", f"must be 1 or more, not {count}")
     return [documents[index] for index in np.linspace(0, len(documents) - 1, count).round().astype(int)]
+
+
+def decoded_documents(
+    texts: Sequence[str | Path] | Sequence[Document] | None,
+    split: str,
+    tokenizer: TextTokenizer,
+    vocabulary: int,
+    *,
+    prompt_tokens: int,
+    max_tokens: int,
+    count: int | None,
+    skip_short: bool,
+) -> list[TokenizedDocument]:
+    """The first ``max_tokens`` of each document, of which ``prompt_tokens`` are read at once and the others decoded.
+
+    Args:
+        skip_short: leave out documents with nothing to decode, instead of refusing them.
+
+    Requires: `check_lengths` has passed.
+
+    Raises: as `chosen_texts`, `tokenize` and `spread`.
+        InputError: a document has nothing to decode, or all of them.
+    """
+    whole = tokenize(chosen_texts(texts, split), tokenizer, vocabulary)
+    long = [document for document in whole if len(document.ids) > prompt_tokens]
+    if not skip_short and len(long) < len(whole):
+        short = next(document for document in whole if len(document.ids) <= prompt_tokens)
+        raise InputError(f"{short.id}: {len(short.ids)} tokens are no more than the prompt's {prompt_tokens}")
+    if not long:
+        raise InputError(f"no text has more tokens than the prompt's {prompt_tokens}")
+    return [TokenizedDocument(found.id, found.kind, found.ids[:max_tokens]) for found in spread(long, count)]
 
 
 def shipped_texts(split: str, kinds: Sequence[str] = KINDS) -> list[Document]:

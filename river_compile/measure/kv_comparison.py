@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from river_compile.config import KV_POLICIES
-from river_compile.errors import ConfigError, InputError
+from river_compile.errors import ConfigError
 from river_compile.measure.fidelity import (
     Document,
     Interval,
@@ -20,10 +20,9 @@ from river_compile.measure.fidelity import (
     TokenizedDocument,
     bootstrap,
     check_lengths,
-    chosen_texts,
     compare,
+    decoded_documents,
     spread,
-    tokenize,
 )
 from river_compile.measure.readings import Readings
 from river_compile.reference import ReferenceDecoder
@@ -145,7 +144,16 @@ def compare_policies(
     settings = _settings(policies, taus)
     check_lengths(prompt_tokens, max_tokens)
     prompt_tokens, max_tokens = prompt_tokens + tokenizer.lead, max_tokens + tokenizer.lead
-    documents = _documents(texts, tokenizer, decoder.vocabulary, prompt_tokens, max_tokens, max_documents)
+    documents = decoded_documents(
+        texts,
+        "heldout",
+        tokenizer,
+        decoder.vocabulary,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        count=max_documents,
+        skip_short=True,
+    )
     kept = Readings(cache, f"policies 1 {decoder.fingerprint()} {prompt_tokens}")
     readings = _read_all(decoder, documents, settings, prompt_tokens, kept, progress)
     timed = spread(documents, _TIMED_DOCUMENTS)
@@ -174,21 +182,6 @@ def _settings(policies: Sequence[str], taus: Sequence[float]) -> list[PolicySett
         if not -1 <= tau <= 1:
             raise ConfigError("tau", f"must lie in [-1, 1], not {tau}")
     return [_BACKBONE, _ALL_RIVER, *(PolicySetting(policy, tau) for policy in policies for tau in taus)]
-
-
-def _documents(
-    texts: Sequence[str | Path] | Sequence[Document] | None,
-    tokenizer: TextTokenizer,
-    vocabulary: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    max_documents: int | None,
-) -> list[TokenizedDocument]:
-    whole = tokenize(chosen_texts(texts, "heldout"), tokenizer, vocabulary)
-    cut = [TokenizedDocument(d.id, d.kind, d.ids[:max_tokens]) for d in whole if len(d.ids) > prompt_tokens]
-    if not cut:
-        raise InputError(f"no text has more tokens than the prompt's {prompt_tokens}")
-    return spread(cut, max_documents)
 
 
 def _decode(

@@ -12,7 +12,7 @@ from river_compile.api import export
 from river_compile.config import RiverConfig
 from tests.contrib_model import ContribDecoder
 from tests.families import VOCABULARY
-from tests.oracle import Oracle, Player, assert_close, session
+from tests.oracle import Oracle, assert_close, assert_every_depth, session
 
 _MOST = 16
 
@@ -24,13 +24,7 @@ def test_each_depth_equals_the_plain_model_with_dequantized_weights(form: str, s
     river = tmp_path / "m.onnx"
     report = export(original, river, RiverConfig(tau=2.0, activations="float"))
     assert (report.layers, report.river_layers, report.found_by) == (3, 3, "names")
-    oracle, runner = Oracle(original, river), session(river)
-    rng = np.random.default_rng(0)
-    for depth in range(4):
-        found, expected = Player(runner, 3), Player(oracle.at(depth), 3)
-        for length in (5, 1, 1):
-            ids = rng.integers(3, VOCABULARY, (3, length))
-            assert_close(found.step(ids, max_depth=depth), expected.step(ids))
+    assert_every_depth(original, river, batch=3)
 
 
 def _shared(runner: ort.InferenceSession, prompts: list[np.ndarray], depth: int | None) -> dict[str, np.ndarray]:

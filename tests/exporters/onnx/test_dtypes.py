@@ -2,67 +2,41 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.exporters.onnx import onnx_file
-from river_compile.exporters.onnx.hf import export_decoder
+from river_compile.passes.onnx.external_data import tensor_bytes
+from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
-from tests.families import VOCABULARY, random_model
-from tests.oracle import Oracle, Player, assert_close, session
+from tests.families import VOCABULARY
+from tests.oracle import Player, assert_close, assert_every_depth, session
 
-Halves = Callable[[str, torch.dtype], Path]
-
-
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> Halves:
-    @functools.cache
-    def model(family: str, dtype: torch.dtype) -> Path:
-        path = tmp_path_factory.mktemp("half") / "model.onnx"
-        export_decoder(random_model(family, dtype=dtype), path)
-        return path
-
-    return model
-
-
-def _assert_all_depths(oracle: Oracle, river: Path, tolerance: float) -> None:
-    runner = session(river)
-    for depth in range(oracle.layers + 1):
-        rng = np.random.default_rng(depth)
-        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
-        for length in (5, 1, 1):
-            ids = rng.integers(3, VOCABULARY, (2, length))
-            outputs = found.step(ids, max_depth=depth)
-            assert_close(outputs, expected.step(ids), tolerance)
-            assert outputs["river.exit_depth"] == depth
+LAYERS = 2
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_float16(halves: Halves, family: str, tmp_path: Path) -> None:
-    original, river = halves(family, torch.float16), tmp_path / "m.onnx"
+def test_float16(exported: Exported, family: str, tmp_path: Path) -> None:
+    original, river = exported(family, LAYERS, "float16"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, activations="float"))
-    # float16 has 11 bits: 4e-3 of the range is a handful of roundings in each of four layers.
-    _assert_all_depths(Oracle(original, river), river, 4e-3)
+    # float16 has 11 bits: 4e-3 of the range is a handful of roundings in each layer.
+    assert_every_depth(original, river, tolerance=4e-3)
 
 
 @pytest.mark.parametrize("bits", (4, 8))
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_float16_with_default_activations(halves: Halves, family: str, bits: int, tmp_path: Path) -> None:
+def test_float16_with_default_activations(exported: Exported, family: str, bits: int, tmp_path: Path) -> None:
     """Within an If, ONNX Runtime's CPU makes zeros of some float16 products with int8 activations."""
-    original, river = halves(family, torch.float16), tmp_path / "m.onnx"
+    original, river = exported(family, LAYERS, "float16"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, bits=bits))
     products = [node for node in _inner_nodes(river) if node.op_type == "MatMulNBits"]
     assert {a.i for node in products for a in node.attribute if a.name == "accuracy_level"} == {4}
-    _assert_all_depths(Oracle(original, river), river, 0.1)
+    assert_every_depth(original, river, tolerance=0.1)
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float16))
@@ -71,16 +45,16 @@ def test_default_activations_with_a_bias_within_the_product(dtype: type, tmp_pat
     report = export(original, river, RiverConfig(tau=2.0))
     assert all(len(node.input) == 6 for node in _inner_nodes(river) if node.op_type == "MatMulNBits")
     assert report.river_bytes == sum(
-        onnx_file.tensor_bytes(tensor)
+        tensor_bytes(tensor)
         for tensor in onnx.load(river).graph.initializer
         if tensor.name.endswith((".values", ".scales", ".zero_points"))
     )
-    _assert_all_depths(Oracle(original, river), river, 0.1)
+    assert_every_depth(original, river, tolerance=0.1)
 
 
 @pytest.mark.parametrize("bits", (4, 8))
-def test_a_float16_head_with_default_activations(halves: Halves, bits: int, tmp_path: Path) -> None:
-    original, river, plain = halves("llama", torch.float16), tmp_path / "m.onnx", tmp_path / "plain.onnx"
+def test_a_float16_head_with_default_activations(exported: Exported, bits: int, tmp_path: Path) -> None:
+    original, river, plain = exported("llama", LAYERS, "float16"), tmp_path / "m.onnx", tmp_path / "plain.onnx"
     export(original, river, RiverConfig(tau=2.0, head_bits=bits))
     export(original, plain, RiverConfig(tau=2.0))
     ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, 7))
@@ -105,26 +79,26 @@ def test_weights_kept_in_a_type_that_nothing_computes_in(inside: int, activation
             model.graph.node.insert(0, cast)
     onnx.save(model, original)
     export(original, river, RiverConfig(tau=2.0, activations=activations))
-    _assert_all_depths(Oracle(original, river), river, 0.1 if activations == "int8" else 4e-3)
+    assert_every_depth(original, river, tolerance=0.1 if activations == "int8" else 4e-3)
 
 
 @pytest.mark.parametrize("activations", ("int8", "float"))
-def test_bfloat16(halves: Halves, activations: str, tmp_path: Path) -> None:
+def test_bfloat16(exported: Exported, activations: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU has no bfloat16 kernels, for the plain model neither. So the exported graph, its weights and
     casts widened to float32, is compared with the original, widened alike: the wiring is what is tested."""
-    original, river = halves("llama", torch.bfloat16), tmp_path / "m.onnx"
+    original, river = exported("llama", LAYERS, "bfloat16"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, activations=activations))
     types = {tensor.data_type for tensor in onnx.load(river).graph.initializer if ".scales" in tensor.name}
     assert types == {TensorProto.BFLOAT16}
     wide, wide_river = tmp_path / "wide.onnx", tmp_path / "wide.river.onnx"
     _widen(original, wide)
     _widen(river, wide_river)
-    _assert_all_depths(Oracle(wide, wide_river), wide_river, 1e-4)
+    assert_every_depth(wide, wide_river)
 
 
-def test_similarity_is_computed_in_float32(halves: Halves, tmp_path: Path) -> None:
+def test_similarity_is_computed_in_float32(exported: Exported, tmp_path: Path) -> None:
     river = tmp_path / "m.onnx"
-    export(halves("llama", torch.float16), river)
+    export(exported("llama", LAYERS, "float16"), river)
     for node in onnx.load(river).graph.node:
         for branch in (a.g for a in node.attribute if a.name == "else_branch"):
             kinds = {o: n for n in branch.node for o in n.output}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.onnx.hf import export_decoder
-from tests.families import FAMILIES, LAYERS, NAMED, NOT_EXPORTED, VOCABULARY, random_model
-from tests.oracle import Oracle, Player, assert_close, session
+from tests.families import FAMILIES, LAYERS, NAMED, NOT_EXPORTED, random_model
+from tests.oracle import assert_every_depth
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*NAMED, *NOT_EXPORTED)])
@@ -23,16 +22,8 @@ def test_each_depth_equals_the_plain_model_with_dequantized_weights(
     original, river = exported(family), tmp_path / "m.onnx"
     report = export(original, river, RiverConfig(tau=2.0, activations="float"))
     assert report.layers == report.river_layers == LAYERS
-    oracle, runner = Oracle(original, river), session(river)
-    for depth in range(LAYERS + 1):
-        rng = np.random.default_rng(depth)
-        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
-        # Longer than the sliding window of eight that some of them have.
-        for length in (12, 1, 2):
-            ids = rng.integers(3, VOCABULARY, (2, length))
-            outputs = found.step(ids, max_depth=depth)
-            assert_close(outputs, expected.step(ids))
-            assert outputs["river.exit_depth"] == depth
+    # Longer than the sliding window of eight that some of them have.
+    assert_every_depth(original, river, lengths=(12, 1, 2))
 
 
 @pytest.mark.slow

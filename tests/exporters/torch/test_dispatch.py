@@ -15,20 +15,24 @@ from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.passes.fx.graph import symbols_of, value_of
-from tests.families import FAMILIES, LAYERS, random_model
+from tests.families import LAYERS, random_model
 from tests.torch_models import (
     CACHES,
     RIVER_EVERYWHERE,
-    WITHOUT_STATIC_CACHE,
     as_it_is,
     assert_same,
+    family_and_cache,
     new_cache,
     play,
     prompt,
     with_river_from,
 )
 
-QUICK = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "gemma", "gemma2")
+QUICK = [
+    *((family, cache) for family in ("llama", "gpt2", "gemma2") for cache in CACHES),
+    *((family, "static") for family in ("qwen2", "gemma")),
+    *((family, "dynamic") for family in ("mistral", "phi3", "gpt_neox")),
+]
 SHAPES = [(1, 1), (1, 2), (3, 2), (1, 100)]
 
 
@@ -48,24 +52,25 @@ class Case:
         found = play(self.model, self.compiled, ids, 2, cache, mask)
         assert_same(found, play(self.model, self.judges[depth], ids, 2, cache, mask))
 
-    def check_all(self, cache: str) -> None:
-        for batch, length in SHAPES:
-            for depth in range(LAYERS + 1):
-                self.check(depth, batch, length, cache)
-        mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [0] * 5 + [1]])
-        for depth in (0, 2, LAYERS):
-            self.check(depth, 3, 6, cache, mask)
-        assert not self.backend.stats().fallbacks
 
-
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize(("family", "cache"), family_and_cache(QUICK))
 def test_each_depth_equals_the_model_with_dequantized_weights(family: str, cache: str) -> None:
-    if cache == "static" and family in WITHOUT_STATIC_CACHE:
-        pytest.skip("transformers has no static cache for it")
-    Case(family).check_all(cache)
+    """Prompts of three lengths, padded on the left, and what follows them."""
+    case = Case(family)
+    mask = torch.tensor([[1] * 10, [0] * 2 + [1] * 8, [0] * 9 + [1]])
+    for depth in range(LAYERS + 1):
+        case.check(depth, 3, 10, cache, mask)
+    assert not case.backend.stats().fallbacks
+
+
+@pytest.mark.parametrize(("family", "cache"), family_and_cache([("llama", "dynamic"), ("gemma2", "static")]))
+def test_each_depth_is_the_same_at_prompts_of_every_shape(family: str, cache: str) -> None:
+    """Each shape is another graph: one token, one sequence, several."""
+    case = Case(family)
+    for batch, length in SHAPES:
+        for depth in range(LAYERS + 1):
+            case.check(depth, batch, length, cache)
+    assert not case.backend.stats().fallbacks
 
 
 @pytest.mark.slow
@@ -109,7 +114,7 @@ def test_each_piece_can_bind_every_size_that_it_needs(family: str, window: int) 
     assert torch.equal(torch.compile(model, backend=backend).generate(ids, **how), expected)
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", [pytest.param("dynamic", marks=pytest.mark.slow), "static"])
 def test_inductor_compiles_each_kind_of_piece_once(cache: str) -> None:
     counters["aot_autograd"].clear()
     case = Case("llama", compiler=None)

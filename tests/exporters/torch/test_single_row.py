@@ -41,8 +41,9 @@ def test_other_types_and_several_rows_stay() -> None:
         assert signature(piece) == before
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gemma2"])
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("family", "cache"), [("llama", "static"), ("qwen2", "dynamic"), ("gpt_neox", "static"), ("gemma2", "dynamic")]
+)
 def test_a_bfloat16_model_says_what_it_said(family: str, cache: str) -> None:
     """One sequence decodes through the rewritten products, with and without an exit."""
     model = random_model(family, 3).to(torch.bfloat16)

@@ -9,10 +9,10 @@ from torch import fx
 from river_compile.errors import LayersNotFound
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph
-from tests.families import FAMILIES, LAYERS
-from tests.torch_models import CACHES, WITHOUT_STATIC_CACHE, capture
+from tests.families import LAYERS
+from tests.torch_models import capture, family_and_cache
 
-QUICK = ("llama", "gpt2", "gpt_neox", "gemma2", "opt")
+QUICK = (("llama", "dynamic"), ("gpt2", "static"), ("gpt_neox", "dynamic"), ("gemma2", "static"), ("opt", "dynamic"))
 
 
 def strip(graph: FxGraph) -> None:
@@ -20,13 +20,8 @@ def strip(graph: FxGraph) -> None:
         node.meta.pop("nn_module_stack", None)
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize(("family", "cache"), family_and_cache(QUICK))
 def test_structure_alone_finds_what_the_module_paths_tell(family: str, cache: str) -> None:
-    if cache == "static" and family in WITHOUT_STATIC_CACHE:
-        pytest.skip("transformers has no static cache for it")
     graphs = capture(family, cache)
     assert graphs
     for graph in graphs:

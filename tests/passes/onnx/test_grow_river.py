@@ -13,7 +13,7 @@ from river_compile.api import export, plan
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, LayersNotFound
 from tests.contrib_model import ContribDecoder
-from tests.oracle import Oracle, Player, assert_close, session
+from tests.oracle import Player, assert_close, assert_every_depth, session
 
 Exported = Callable[[str], Path]
 
@@ -56,7 +56,7 @@ def test_bits_by_pattern(exported: Exported, tmp_path: Path) -> None:
     assert {linear.bits for linear in linears if "down_proj" not in linear.name and linear.layer} == {4}
     export(original, river, config)
     assert {product["bits"] for product in _products(river)} == {4, 8}
-    _assert_all_depths(original, river)
+    assert_every_depth(original, river)
 
 
 @pytest.mark.parametrize("group_size", (32, 64))
@@ -67,7 +67,7 @@ def test_every_grid_equals_its_dequantized_weights(
     original, river = exported("qwen2"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(bits=bits, group_size=group_size, activations="float"))
     assert {(product["bits"], product["block_size"]) for product in _products(river)} == {(bits, group_size)}
-    _assert_all_depths(original, river)
+    assert_every_depth(original, river)
 
 
 def test_a_group_size_that_does_not_divide_falls_back_and_says_so(exported: Exported, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_group_size_that_does_not_divide_falls_back_and_says_so(exported: Expo
     assert len(report.notes) == 1
     assert report.notes[0].startswith("group size 64, as 128 does not divide: 24 linear layers, such as ")
     assert {product["block_size"] for product in _products(river)} == {64, 128}
-    _assert_all_depths(original, river)
+    assert_every_depth(original, river)
 
 
 def test_a_weight_that_no_group_divides_stays_as_it_is_and_the_report_says_so(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_weight_that_no_group_divides_stays_as_it_is_and_the_report_says_so(tm
         "100 inputs are divided by no group size; the weight stays as it is: "
         "3 linear layers, such as model.layers.0.mlp.down_proj",
     )
-    _assert_all_depths(original, tmp_path / "m.onnx")
+    assert_every_depth(original, tmp_path / "m.onnx")
 
 
 def test_experts_stay_as_they_are_and_the_report_says_so(exported: Exported) -> None:
@@ -108,7 +108,7 @@ def test_layers_that_are_quantized_already_are_left_as_they_are(tmp_path: Path) 
     report = export(original, tmp_path / "m.onnx", RiverConfig(activations="float"))
     assert (report.layers, report.river_layers) == (3, 2)
     assert report.notes == ("backbone only, already quantized (MatMulNBits), so start from the float model: layers 1",)
-    _assert_all_depths(original, tmp_path / "m.onnx", depths=(0, 3))
+    assert_every_depth(original, tmp_path / "m.onnx", depths=(0, 3), kept=True)
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float16))
@@ -119,7 +119,7 @@ def test_a_layer_that_is_quantized_in_part_has_a_twin_for_the_rest(part: str, dt
     report = export(original, tmp_path / "m.onnx", RiverConfig(activations="float"))
     assert (report.layers, report.river_layers) == (3, 3)
     assert report.notes == ("already quantized in part (MatMulNBits), which stays as it is: layers 0-2",)
-    _assert_all_depths(original, tmp_path / "m.onnx", tolerance=1e-4 if dtype is np.float32 else 2e-2)
+    assert_every_depth(original, tmp_path / "m.onnx", tolerance=1e-4 if dtype is np.float32 else 2e-2)
 
 
 def test_a_model_that_is_quantized_throughout_has_no_river(tmp_path: Path) -> None:
@@ -138,22 +138,10 @@ def test_int8_activations_are_close_to_the_dequantized_weights(exported: Exporte
     original, river = exported("llama"), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0))
     assert {product["accuracy_level"] for product in _products(river)} == {4}
-    _assert_all_depths(original, river, tolerance=0.1)
+    assert_every_depth(original, river, tolerance=0.1)
     ids = np.array([[5, 6, 7]])
     backbone = Player(session(original), 1).step(ids)
     assert_close(Player(session(river), 1).step(ids), backbone)
-
-
-def _assert_all_depths(
-    original: Path, river: Path, depths: tuple[int, ...] = (0, 1, 2, 3), tolerance: float = 1e-4
-) -> None:
-    oracle, runner = Oracle(original, river), session(river)
-    for depth in depths:
-        rng = np.random.default_rng(depth)
-        found, expected = Player(runner, 2), Player(oracle.at(depth), 2)
-        for length in (5, 1):
-            ids = rng.integers(3, 100, (2, length))
-            assert_close(found.step(ids, max_depth=depth, tau=2.0), expected.step(ids), tolerance)
 
 
 def test_a_pattern_that_matches_nothing_is_told(exported: Callable[[str], Path]) -> None:
