@@ -6,7 +6,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "acceptance_by_place",
     "choose_for_drafting",
     "expected_speedup",
+    "fixed_length",
     "measure_drafts",
     "timed_ratio",
 ]
@@ -47,6 +49,10 @@ _REPEATS = 7
 _SENSITIVITY_TOKENS = 256
 # So many of the rivers that promise most are timed.
 _TIMED = 3
+# Fewer drafts at a place say little of it.
+_LEAST_SEEN = 5
+# Less of a gain is lost in what timing errs by.
+_WORTH = 1.05
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,8 @@ def choose_for_drafting(
 ) -> DraftPlan:
     """Make several rivers, decode on from tuning texts exactly with each, and choose the fastest.
 
-    They differ in quantizer (the config's, and GPTQ), and in bits: 4 everywhere, 8 for the kinds of linear layer whose
-    4 bits cost most, and 8 everywhere. The LM head has 8 bits where the config leaves it float.
+    They differ in bits: 4 everywhere, 8 for the kinds of linear layer whose 4 bits cost most, and 8 everywhere; where
+    it could pay, GPTQ is tried as well. The LM head has 8 bits where the config leaves it float.
 
     Args:
         model: a plain ONNX decoder.
@@ -158,30 +164,70 @@ def choose_for_drafting(
         InputError: the model cannot be used, or the texts are too short.
     """
     ids = tuning.ids(onnx_file.load(model))
-    candidates = _candidates(model, config, ids, progress)
+    plain_quantizer, tuned = _candidates(model, config, ids, progress)
     prompts = _prompts(ids)
-    points: list[DraftPoint] = []
-    kept: dict[int, Path] = {}
     with tempfile.TemporaryDirectory(prefix="river-drafts-") as folder:
-        for number, candidate in enumerate(candidates):
-            progress("try rivers as drafters", number, len(candidates))
-            kept[number] = Path(folder) / str(number) / "model.onnx"
-            aware = isinstance(quantizer(candidate.quantizer), ActivationAware)
-            settings = replace(candidate, external_data=True)
-            report = export(model, kept[number], settings, tuning=tuning if aware else None, check=False)
-            points.append(measure_drafts(OnnxDecoder(kept[number]), prompts, candidate, report.average_bits))
-            if len(kept) > _TIMED:
-                # Each holds a copy of the backbone's weights.
-                worst = min(kept, key=lambda index: points[index].expected)
-                shutil.rmtree(kept.pop(worst).parent)
-        plain = OnnxDecoder(model)
-        for number, (index, file) in enumerate(kept.items()):
-            progress("time the best drafters", number, len(kept))
-            ratios = timed_ratio(plain, OnnxDecoder(file), prompts, _NEW_TOKENS)
-            points[index] = replace(points[index], measured=round(statistics.median(ratios), 3))
-        progress("time the best drafters", len(kept), len(kept))
-    chosen = max(kept, key=lambda index: points[index].measured or 0.0)
-    return DraftPlan(replace(candidates[chosen], exact=True), tuple(points), chosen)
+        tried = _Tried(model, tuning, prompts, Path(folder), progress)
+        for candidate in plain_quantizer:
+            tried.add(candidate)
+        if tried.tuning_could_pay():
+            for candidate in tuned:
+                tried.add(candidate)
+        tried.time_the_best()
+    chosen = max(tried.kept, key=lambda index: tried.points[index].measured or 0.0)
+    return DraftPlan(replace(tried.configs[chosen], exact=True), tuple(tried.points), chosen)
+
+
+class _Tried:
+    """The rivers tried so far; the files of the best of them are kept.
+
+    Args:
+        model: the plain model.
+        prompts: what is decoded on from.
+    """
+
+    def __init__(
+        self, model: Path, tuning: Tuning, prompts: Sequence[Sequence[int]], folder: Path, progress: Progress
+    ) -> None:
+        self._model, self._tuning, self._prompts = model, tuning, prompts
+        self._folder, self._progress = folder, progress
+        self.configs: list[RiverConfig] = []
+        self.points: list[DraftPoint] = []
+        self.kept: dict[int, Path] = {}
+
+    def add(self, config: RiverConfig) -> None:
+        """Make a river and measure it."""
+        number = len(self.configs)
+        self._progress("try rivers as drafters", number, number + 1)
+        file = self._folder / str(number) / "model.onnx"
+        tuning = self._tuning if isinstance(quantizer(config.quantizer), ActivationAware) else None
+        report = export(self._model, file, replace(config, external_data=True), tuning=tuning, check=False)
+        self.configs.append(config)
+        self.points.append(measure_drafts(OnnxDecoder(file), self._prompts, config, report.average_bits))
+        self.kept[number] = file
+        if len(self.kept) > _TIMED:
+            # Each holds a copy of the backbone's weights.
+            worst = min(self.kept, key=lambda index: self.points[index].expected)
+            shutil.rmtree(self.kept.pop(worst).parent)
+
+    def tuning_could_pay(self) -> bool:
+        """Whether 4 bits that are accepted as often as 8 bits would be faster than what there is: tuning takes
+        minutes, and brings no more than that."""
+        best = max(point.expected for point in self.points)
+        closest = max(self.points, key=lambda point: point.bits)
+        cheapest = min(self.points, key=lambda point: point.draft_ms)
+        costs = Costs(cheapest.draft_ms, cheapest.verify_ms)
+        bound, _ = expected_speedup(closest.acceptance, costs.of_pass(1), costs.of_draft(), costs.of_pass)
+        return bound > _WORTH * best
+
+    def time_the_best(self) -> None:
+        """Fill in what exact decoding measures beside the plain model."""
+        plain = OnnxDecoder(self._model)
+        for number, (index, file) in enumerate(self.kept.items()):
+            self._progress("time the best drafters", number, len(self.kept))
+            ratios = timed_ratio(plain, OnnxDecoder(file), self._prompts, _NEW_TOKENS)
+            self.points[index] = replace(self.points[index], measured=round(statistics.median(ratios), 3))
+        self._progress("time the best drafters", len(self.kept), len(self.kept))
 
 
 def _prompts(ids: Sequence[np.ndarray]) -> list[list[int]]:
@@ -192,18 +238,19 @@ def _prompts(ids: Sequence[np.ndarray]) -> list[list[int]]:
     return [long_enough[index][:_PROMPT_TOKENS].tolist() for index in spread]
 
 
-def _candidates(model: Path, config: RiverConfig, ids: Sequence[np.ndarray], progress: Progress) -> list[RiverConfig]:
+def _candidates(
+    model: Path, config: RiverConfig, ids: Sequence[np.ndarray], progress: Progress
+) -> tuple[list[RiverConfig], list[RiverConfig]]:
+    """Settings with a quantizer that is quick, and with GPTQ."""
     swappable, roles = _roles_by_cost(model, config, ids, progress)
     head = 8 if config.head_bits == "float" and swappable.head is not None else config.head_bits
-    base = replace(config, head_bits=head, bits=4)
+    base = replace(config, head_bits=head, bits=4, quantizer=swappable.quantizer)
     # The kinds that cost most at 4 bits, in two portions, each given 8.
-    portions = [
-        tuple((f"*.{role}", 8) for role in roles[:count]) for count in {max(1, len(roles) // 4), len(roles) // 2}
-    ]
+    counts = sorted({max(1, len(roles) // 4), max(1, len(roles) // 2)})
+    portions = [tuple((f"*.{role}", 8) for role in roles[:count]) for count in counts]
     plans: list[tuple[tuple[str, int], ...]] = [(), *portions]
-    names = dict.fromkeys((config.quantizer, "gptq"))
-    found = [replace(base, quantizer=name, bits_for=(*config.bits_for, *plan)) for name in names for plan in plans]
-    return [*found, replace(base, bits=8, quantizer="rtn")]
+    found = [replace(base, bits_for=(*config.bits_for, *plan)) for plan in plans]
+    return [*found, replace(base, bits=8)], [replace(one, quantizer="gptq") for one in found[:2]]
 
 
 def _roles_by_cost(
@@ -258,17 +305,26 @@ def measure_drafts(
     )
 
 
+@contextmanager
+def fixed_length(decoder: OnnxDecoder, length: int) -> Iterator[None]:
+    """Let a decoder draft this many tokens in every round, for a while; batch 1, all-river drafts."""
+    before = decoder.experience
+    decoder._experience = Experience(before.tie or 0.0, {(1, True): _Always(Costs(1.0, {1: 1.0}), length)})
+    try:
+        yield
+    finally:
+        decoder._experience = before
+
+
 def acceptance_by_place(decoder: OnnxDecoder, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Share of drafts accepted, given that those before them in the round were."""
     reached, kept = np.zeros(_MOST), np.zeros(_MOST)
-    decoder.experience.lengths[1, True] = _Always(Costs(1.0, {1: 1.0}), _MOST)
-    decoder.experience.tie = decoder.experience.tie or 0.0
-    for prompt in prompts:
-        for step in decoder.stream([prompt], _NEW_TOKENS, exact=True, lookup=False):
-            reached[: min(step.accepted + 1, step.drafted)] += 1
-            kept[: step.accepted] += 1
-    decoder._experience = Experience()
-    return [float(k / r) for k, r in zip(kept, reached, strict=True) if r >= 5]
+    with fixed_length(decoder, _MOST):
+        for prompt in prompts:
+            for step in decoder.stream([prompt], _NEW_TOKENS, exact=True, lookup=False):
+                reached[: min(step.accepted + 1, step.drafted)] += 1
+                kept[: step.accepted] += 1
+    return [float(k / r) for k, r in zip(kept, reached, strict=True) if r >= _LEAST_SEEN]
 
 
 def _costs(decoder: OnnxDecoder, prompt: Sequence[int]) -> Costs:

@@ -304,9 +304,7 @@ def _length(
         tie, costs = _measure(passes, state, np.array(tokens), drafting)
         experience.tie = max(tie, experience.tie or 0.0)
         experience.lengths.setdefault(key, DraftLength(costs, drafting.most))
-    length = experience.lengths[key]
-    length.most = drafting.most
-    return length
+    return experience.lengths[key]
 
 
 def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) -> tuple[float, Costs]:
