@@ -23,14 +23,14 @@ def show_report(console: Console, report: ExportReport) -> None:
     for label, value in _rows(report):
         table.add_row(label, value)
     console.print(table)
-    if report.drafts is not None:
-        _show_drafts(console, report.drafts)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True)
     if report.agreement is not None and report.agreement.advice is not None:
         console.print(f"agreement {report.agreement.advice}", soft_wrap=True)
     if report.output is not None:
         console.print(f"wrote {report.output}", soft_wrap=True)
+    if report.drafts is not None:
+        _show_drafts(console, report.drafts)
 
 
 def _rows(report: ExportReport) -> list[tuple[str, str]]:
