@@ -146,6 +146,10 @@ def _show(console: Console, result: Evaluation) -> None:
         table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=column == "setting")
     for row in result.settings:
         table.add_row(*_cells(row))
+    if (exact := result.exact) is not None:
+        same = f"{1 - exact.differing / exact.tokens:.1%}\nof {exact.tokens} written"
+        speed = f"{exact.tokens_per_second:.1f}\n{exact.ratio.value:.2f}x"
+        table.add_row("exact", same, "", "", "", "", f"{result.layers}.0", speed)
     console.print(table)
     console.print(
         "early-layer similarity against last-layer V cosine, all river: r = "

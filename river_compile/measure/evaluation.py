@@ -13,6 +13,7 @@ import numpy as np
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
+from river_compile.measure.exact_row import ExactResult, measure_exact
 from river_compile.measure.fidelity import (
     Document,
     Interval,
@@ -29,7 +30,7 @@ from river_compile.measure.fidelity import (
 )
 from river_compile.measure.readings import Readings
 from river_compile.measure.subject_of import subject_of
-from river_compile.measure.subjects import BACKBONE, Reading, Setting, Subject
+from river_compile.measure.subjects import BACKBONE, OnnxSubject, Reading, Setting, Subject
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,6 +126,7 @@ class Evaluation:
             that layer and the cosine of V in the last layer, all river (paper: 0.55 at an early layer). NaN if unknown.
         early_correlation: the same for the mean similarity over the first quarter of the layers, without the first.
         mean_similarity: by layer, the backbone's mean state transition similarity.
+        exact: exact decoding, of exported models only, and where decoding is timed.
         example: a document as text pieces, one a token, and for each setting its tokens' exit depths and agreement.
     """
 
@@ -140,6 +142,7 @@ class Evaluation:
     early_correlation: float
     mean_similarity: list[float]
     example: dict[str, object] = field(default_factory=dict)
+    exact: ExactResult | None = None
 
     def to_json(self) -> str:
         """The evaluation as one JSON object; what is not known is null."""
@@ -211,6 +214,9 @@ def evaluate(
     ]
     by_layer, early = _correlations(similarities, traces.get(ALL_RIVER))
     first = traces[settings[0]]
+    exact = None
+    if isinstance(subject, OnnxSubject) and speed_rounds > 0:
+        exact = measure_exact(subject.decoder, [piece.ids for piece in pieces], progress)
     return Evaluation(
         model=subject.name,
         details=subject.details,
@@ -224,6 +230,7 @@ def evaluate(
         early_correlation=early,
         mean_similarity=[float(row.mean()) for row in np.concatenate(similarities, axis=1)] if similarities else [],
         example=_example(pieces[0], tokenizer, {setting.label: traces[setting][0] for setting in settings}),
+        exact=exact,
     )
 
 

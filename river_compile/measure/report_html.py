@@ -88,7 +88,7 @@ def _table(result: Evaluation) -> str:
     kinds = sorted({kind for row in result.settings for kind in row.top1_by_kind})
     heads = ["setting", "top-1", *(f"top-1, {kind}" for kind in kinds), "top-5", "KL", "perplexity", "K cosine"]
     heads += ["V cosine", "exit depth", "tokens/s", "ratio"]
-    rows = "\n".join(_row(row, kinds) for row in result.settings)
+    rows = "\n".join(_row(row, kinds) for row in result.settings) + _exact_row(result, len(heads))
     header = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     return (
         f"<h2>Fidelity</h2>\n<div class='wide'><table><thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n"
@@ -115,6 +115,17 @@ def _row(row: SettingResult, kinds: Sequence[str]) -> str:
         "-" if speed is None else f"{speed.ratio.value:.2f}x",
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _exact_row(result: Evaluation, columns: int) -> str:
+    """Exact decoding writes its own text: what is shown is how much of it is the backbone's."""
+    exact = result.exact
+    if exact is None:
+        return ""
+    same = f"{1 - exact.differing / exact.tokens:.1%} <small>of {exact.tokens} tokens written</small>"
+    blank = "<td></td>" * (columns - 5)
+    speed = f"<td>{exact.tokens_per_second:.1f}</td><td>{exact.ratio.value:.2f}x</td>"
+    return f"\n<tr><td>exact</td><td>{same}</td>{blank}<td>{result.layers}.0</td>{speed}</tr>"
 
 
 def _small(interval: Interval, form: str) -> str:

@@ -112,16 +112,16 @@ class OnnxSubject:
 
         self.path = Path(path)
         self.name = self.path.name
-        self._decoder = OnnxDecoder(path, threads=threads)
-        if not self._decoder.has_river or self._decoder.layers is None:
+        self.decoder = OnnxDecoder(path, threads=threads)
+        if not self.decoder.has_river or self.decoder.layers is None:
             raise InputError(f"{path}: no river model; make one with river-export")
-        self.layers = self._decoder.layers
-        self.vocabulary = self._decoder.vocabulary
+        self.layers = self.decoder.layers
+        self.vocabulary = self.decoder.vocabulary
         self._probe: Any = None
 
     @property
     def details(self) -> dict[str, str]:
-        metadata: dict[str, str] = self._decoder.session.get_modelmeta().custom_metadata_map
+        metadata: dict[str, str] = self.decoder.session.get_modelmeta().custom_metadata_map
         return {key: value for key, value in metadata.items() if key.startswith("river.") and key != "river.cache"}
 
     def fingerprint(self) -> str:
@@ -134,18 +134,18 @@ class OnnxSubject:
         return digest.hexdigest()
 
     def read(self, ids: np.ndarray, setting: Setting, *, stepwise: bool) -> Reading:
-        state = self._decoder.start(1)
+        state = self.decoder.start(1)
         logits, depths, seconds = [], [], []
-        for part in _passes(ids, stepwise or self._decoder.tells_last_only):
+        for part in _passes(ids, stepwise or self.decoder.tells_last_only):
             started = time.perf_counter()
-            row, depth = self._decoder.forward(part[None], state, tau=setting.tau, max_depth=setting.max_depth)
+            row, depth = self.decoder.forward(part[None], state, tau=setting.tau, max_depth=setting.max_depth)
             seconds.append(time.perf_counter() - started)
             logits.append(row[0])
             depths += [self.layers if depth is None else depth] * len(part)
-        slots = self._decoder.signature.slots
+        slots = self.decoder.signature.slots
         caches = [slot.entries(state.caches[slot.past].numpy(), len(ids)) for slot in slots]
         reading = Reading(np.concatenate(logits), np.array(depths, np.int64), caches[0::2], caches[1::2], None, seconds)
-        if setting == BACKBONE and not stepwise and self._decoder.signature.step is None:
+        if setting == BACKBONE and not stepwise and self.decoder.signature.step is None:
             reading.similarities = self._similarities(ids)
         return reading
 

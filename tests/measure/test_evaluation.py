@@ -172,6 +172,14 @@ def test_speed_is_measured_beside_the_backbone(river: Path) -> None:
         assert row.speed.ratio.low <= row.speed.ratio.value <= row.speed.ratio.high
 
 
+def test_exact_decoding_writes_what_the_backbone_writes(river: Path) -> None:
+    found = evaluate(river, TEXTS, BYTES, taus=(0.5,), speed_rounds=1).exact
+    assert found is not None
+    assert (found.documents, found.tokens, found.differing) == (len(TEXTS), len(TEXTS) * 48, 0)
+    assert found.ratio.low <= found.ratio.value <= found.ratio.high
+    assert evaluate(river, TEXTS, BYTES, taus=(0.5,), speed_rounds=0).exact is None
+
+
 def test_the_report_is_one_json_object_without_nan(river: Path) -> None:
     fields = json.loads(evaluate(river, TEXTS, BYTES, taus=(0.5,), speed_rounds=0).to_json())
     assert fields["tokens"] == sum(len(text.text) for text in TEXTS)
