@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from river_compile.runtime.drafting import Costs, DraftLength
 from river_compile.runtime.exact import Experience
 from tests.contrib_model import ContribDecoder
 from tests.families import LAYERS, VOCABULARY
+from tests.signatures import ROOM, VARIANTS
 
 Exported = Callable[[str], Path]
 
@@ -60,6 +62,18 @@ def test_tokens_are_the_plain_models(
         assert found.tokens == expected.tokens
         assert found.drafted > 10
         assert found.acceptance > (0.7 if config is CLOSE else 0.3)
+
+
+def test_a_cache_of_one_length_is_cut_by_position_alone(exported: Exported, tmp_path: Path) -> None:
+    original = tmp_path / "model.onnx"
+    onnx.save(VARIANTS["static"](onnx.load(exported("llama"))), original)
+    export(original, tmp_path / "m.onnx", CLOSE)
+    plain, decoder = OnnxDecoder(original), eager(OnnxDecoder(tmp_path / "m.onnx"), 4)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        longest = ROOM - max(map(len, prompts)) + 1
+        found = decoder.generate(prompts, longest, exact=True)
+        assert found.tokens == plain.generate(prompts, longest).tokens
+        assert found.drafted > 4
 
 
 def test_tau_and_depth_shape_the_drafts_alone(exported: Exported, river: Callable[..., Path]) -> None:
