@@ -1,9 +1,8 @@
 """How many tokens to draft: by what a draft and a verification cost here, and by what verification has accepted.
 
 A round drafts k tokens and verifies them in one pass of k + 1 rows. The rule is the one that makes the long-run rate of
-tokens largest: one more draft pays while the tokens it is expected to add, over the time it adds, exceed the rate that
-rounds have reached so far. Without any draft that rate is plain decoding's, so where drafting does not pay nothing is
-drafted.
+tokens largest: one more draft pays while the tokens it is expected to add, over the time it adds, exceed the best rate
+that a fixed length would reach. Where that is plain decoding's nothing is drafted.
 """
 
 from __future__ import annotations
@@ -20,9 +19,13 @@ _OUTLIER = 2.0
 _ROW_SHARE = 0.05
 _DRAFT_SHARE = 0.4
 _BINS = 10
-_PRIOR_WEIGHT = 8.0
-_PROBE_EVERY = 48
-_DRIFT = 0.01
+_MEMORY = 0.99
+_GUESS_WEIGHT = 4.0
+_FIRST_GUESS = 0.85
+# Drafts stop by what each is worth, not at a length that is fixed: that the next one is worth a little less than the best
+# rate costs next to nothing, and a draft too few costs a pass.
+_SLACK = 0.8
+_FIRST_PROBE, _PROBE_EVERY = 8, 64
 
 
 @dataclass
@@ -48,16 +51,20 @@ class Costs:
         return self.draft if self.draft is not None else _DRAFT_SHARE * self.of_pass(1)
 
     def of_pass(self, rows: int) -> float:
-        """By the row counts measured: linear between them, and at a small share of a pass for each row beyond."""
+        """One row as it was measured; more by a line through what was measured of several, since single times err."""
         if not self.rows:
             return 1.0 + _ROW_SHARE * (rows - 1)
-        known = sorted(self.rows)
+        if rows == 1 and 1 in self.rows:
+            return self.rows[1]
+        several = [count for count in self.rows if count > 1]
+        known = np.array(several if len(several) > 1 else list(self.rows))
+        times = np.array([self.rows[count] for count in known])
+        if len(known) == 1:
+            return float(times[0] * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (known[0] - 1)))
+        offsets = known - known.mean()
         # More rows cannot be faster; what says so is noise.
-        times = np.maximum.accumulate([self.rows[count] for count in known])
-        if rows <= known[-1] and rows >= known[0]:
-            return float(np.interp(rows, known, times))
-        nearest = 0 if rows < known[0] else -1
-        return float(times[nearest] * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (known[nearest] - 1)))
+        slope = max(float(offsets @ times / (offsets @ offsets)), 0.0)
+        return max(float(times.mean() + slope * (rows - known.mean())), self.rows.get(1, 0.0))
 
 
 def _towards(mean: float | None, value: float) -> float:
@@ -66,29 +73,69 @@ def _towards(mean: float | None, value: float) -> float:
     return mean + _LEARNING * (min(max(value, mean / _OUTLIER), mean * _OUTLIER) - mean)
 
 
-class _Acceptance:
-    """Share of drafts accepted, by the drafter's top probability and by their place in the round."""
+class _Share:
+    """A share of trials, the last hundred or so, begun with a guess that counts as so many trials."""
+
+    def __init__(self, guess: float, weight: float) -> None:
+        self._seen, self._kept = weight, weight * guess
+
+    @property
+    def value(self) -> float:
+        return self._kept / self._seen
+
+    def add(self, kept: bool, expected: float = 1.0) -> None:
+        """One more trial; ``expected`` of it makes the share one of what was expected."""
+        self._seen = self._seen * _MEMORY + expected
+        self._kept = self._kept * _MEMORY + kept
+
+
+class _RiverAcceptance:
+    """Share of the river's drafts accepted, given that those before them were: by its top probability once a draft is
+    made, and of the next one by how many there are, which differs little from the share of all."""
 
     def __init__(self, most: int) -> None:
-        middles = (np.arange(_BINS) + 0.5) / _BINS
-        # What a drafter is sure of is accepted more often than not even before anything is known.
-        self._seen = np.full(_BINS, _PRIOR_WEIGHT)
-        self._kept = _PRIOR_WEIGHT * np.clip(0.3 + 0.7 * middles, 0, 1)
-        self.places = np.full(most, 0.75)
+        # What a drafter is sure of is accepted more often than not, even before anything is known.
+        guesses = np.clip(0.5 + 0.5 * (np.arange(_BINS) + 0.5) / _BINS, 0, 1)
+        self._by_confidence = [_Share(float(guess), _GUESS_WEIGHT) for guess in guesses]
+        self._all = _Share(_FIRST_GUESS, _GUESS_WEIGHT)
+        self._by_place = [_Share(1.0, _GUESS_WEIGHT) for _ in range(most)]
 
-    def of(self, confidence: np.ndarray) -> np.ndarray:
-        bins = np.clip((confidence * _BINS).astype(int), 0, _BINS - 1)
-        return np.asarray(self._kept[bins] / self._seen[bins])
+    def made(self, confidence: np.ndarray) -> np.ndarray:
+        return np.array([self._by_confidence[_bin(one)].value for one in confidence])
+
+    def next(self, drafted: int) -> float:
+        return self._all.value * self._by_place[drafted].value
 
     def learn(self, confidences: np.ndarray, accepted: int) -> None:
         """One sequence's round: the drafts up to the first rejected one were judged."""
         for place, confidence in enumerate(confidences[: accepted + 1]):
-            kept = float(place < accepted)
-            bin_ = min(int(confidence * _BINS), _BINS - 1)
-            # Forgetting keeps the text of now in view: about the last hundred drafts of a bin.
-            self._seen[bin_] = self._seen[bin_] * 0.99 + 1
-            self._kept[bin_] = self._kept[bin_] * 0.99 + kept
-            self.places[place] += _LEARNING * (kept - self.places[place])
+            kept = place < accepted
+            expected = self._all.value
+            self._by_confidence[_bin(confidence)].add(kept)
+            self._all.add(kept)
+            self._by_place[place].add(kept, expected)
+
+
+def _bin(confidence: float) -> int:
+    return min(int(confidence * _BINS), _BINS - 1)
+
+
+class _TextAcceptance:
+    """Of tokens that followed the same n-gram before: whether the first is accepted, and each next one after it."""
+
+    def __init__(self) -> None:
+        self._first, self._following = _Share(0.5, _GUESS_WEIGHT / 2), _Share(0.8, _GUESS_WEIGHT)
+
+    def of(self, place: int) -> float:
+        return self._following.value if place else self._first.value
+
+    def learn(self, drafts: int, accepted: int) -> None:
+        for place in range(min(accepted + 1, drafts)):
+            (self._following if place else self._first).add(place < accepted)
+
+    def forget(self) -> None:
+        """A text that has stopped repeating itself may begin again."""
+        self._first.add(True)
 
 
 class DraftLength:
@@ -101,19 +148,27 @@ class DraftLength:
 
     def __init__(self, costs: Costs, most: int) -> None:
         self.costs, self.most = costs, most
-        self._river, self._text = _Acceptance(most), _Acceptance(most)
-        self._tokens = self._seconds = 0.0
-        self._since_draft = 0
+        self._river, self._text = _RiverAcceptance(most), _TextAcceptance()
+        self._passed_over = 0
+        self._since_draft, self._patience = 0, _FIRST_PROBE
 
     @property
     def rate(self) -> float:
-        """Tokens a second of each sequence that rounds have reached lately, at least plain decoding's."""
-        plain = 1 / self.costs.of_pass(1)
-        return max(plain, self._tokens / self._seconds) if self._seconds else plain
+        """Tokens a second of each sequence that the best fixed draft length would make, at least plain decoding's.
+
+        By what is known of acceptance and costs, not by what the last rounds happened to reach: a lucky round would
+        make all that follow look too slow to be worth a draft.
+        """
+        best, tokens, survival = 1 / self.costs.of_pass(1), 1.0, 1.0
+        for count in range(1, self.most + 1):
+            survival *= self._river.next(count - 1)
+            tokens += survival
+            best = max(best, tokens / (count * self.costs.of_draft() + self.costs.of_pass(count + 1)))
+        return best
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:
         """Probability that verification accepts drafts of these top probabilities, float [sequences]."""
-        return self._river.of(confidence)
+        return self._river.made(confidence)
 
     def pays(self, survival: np.ndarray, drafted: int, room: int) -> bool:
         """Whether another draft pays.
@@ -125,42 +180,44 @@ class DraftLength:
         """
         if drafted >= min(self.most, room):
             return False
-        if drafted == 0 and self._since_draft >= _PROBE_EVERY:
+        if drafted == 0 and self._since_draft >= self._patience:
+            # What speaks against drafting may be out of date; asking costs less and less often.
+            self._patience = min(2 * self._patience, _PROBE_EVERY)
             return True
-        gain = float(survival.mean()) * self._river.places[drafted]
+        gain = float(survival.mean()) * self._river.next(drafted)
         cost = self.costs.of_draft() + self.costs.of_pass(drafted + 2) - self.costs.of_pass(drafted + 1)
-        return bool(gain > self.rate * cost)
+        return bool(gain > max(_SLACK * self.rate, 1 / self.costs.of_pass(1)) * cost)
 
     def text_drafts(self, found: int, room: int) -> int:
         """How many of the tokens found in the text are worth a row each; 0 where the river's drafts are better."""
         best, survival, expected = 0, 1.0, 1.0
         reached = self.rate
         for count in range(1, min(found, self.most, room) + 1):
-            survival *= self._text.places[count - 1]
+            survival *= self._text.of(count - 1)
             expected += survival
             rate = expected / self.costs.of_pass(count + 1)
-            if rate < reached:
-                break
-            best, reached = count, rate
-        if not best:
-            # A text that has stopped repeating itself may begin again: what is not tried drifts back to being tried.
-            self._text.places += _DRIFT * (0.5 - self._text.places)
+            if rate > reached:
+                best, reached = count, rate
+        self._passed_over = 0 if best or not found else self._passed_over + 1
+        if self._passed_over == _FIRST_PROBE:
+            self._text.forget()
         return best
 
-    def learn(
-        self, accepted: np.ndarray, drafts: np.ndarray, confidences: np.ndarray, seconds: float, *, from_text: bool
-    ) -> None:
+    def learn(self, accepted: np.ndarray, drafts: np.ndarray, confidences: np.ndarray, *, from_text: bool) -> None:
         """One round.
 
         Args:
             accepted, drafts: of each sequence, int [sequences].
             confidences: top probabilities of the drafts, float [sequences, most of them].
-            seconds: of the whole round.
         """
-        kept = 1 - _LEARNING
-        self._tokens = self._tokens * kept + float(accepted.mean()) + 1
-        self._seconds = self._seconds * kept + seconds
-        table = self._text if from_text else self._river
         for row, count in enumerate(drafts):
-            table.learn(confidences[row, :count], int(accepted[row]))
-        self._since_draft = 0 if drafts.any() and not from_text else self._since_draft + 1
+            if from_text:
+                self._text.learn(int(count), int(accepted[row]))
+            else:
+                self._river.learn(confidences[row, :count], int(accepted[row]))
+        if drafts.any() and not from_text:
+            self._since_draft = 0
+            if drafts.max() > 1:
+                self._patience = _FIRST_PROBE
+        else:
+            self._since_draft += 1

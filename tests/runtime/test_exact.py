@@ -156,3 +156,21 @@ def test_a_batch_is_not_continued() -> None:
     toy = Toy()
     with pytest.raises(ConfigError, match="state: continues one sequence"):
         toy.generate(PROMPTS[:2], 2, state=toy.start(2))
+
+
+@pytest.mark.parametrize("agreement", (0.3, 0.5, 0.7, 0.9, 0.98))
+@pytest.mark.parametrize(("draft", "row"), ((0.25, 0.05), (0.35, 0.1), (0.7, 0.02)))
+def test_the_draft_length_is_near_the_best_and_never_costs(
+    agreement: float, draft: float, row: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.runtime.toy.DRAFT_SECONDS", draft)
+    monkeypatch.setattr("tests.runtime.toy.ROW_SECONDS", row)
+    toy = Toy(agreement)
+    toy.generate([[5, 9, 17]], 100, exact=True, lookup=False)
+    result = toy.generate([[5, 9, 1]], 400, exact=True, lookup=False)
+    speedup = 399 / sum(step.seconds for step in result.steps[1:])
+    kept = result.acceptance if result.drafted > 50 else agreement
+    best = max(
+        (1 - kept ** (length + 1)) / (1 - min(kept, 0.999)) / (length * draft + 1 + row * length) for length in range(9)
+    )
+    assert speedup > max(0.9 * best, 0.97)
