@@ -124,14 +124,15 @@ class Decoder(Passes):
             logits, depth = self.forward(ids, state, mask, tau, max_depth)
         first = [sampling.choose(row) for row in logits[:, -1]]
         yield Step(tuple((token,) for token in first), depth, time.perf_counter() - started)
-        if exact and (len(prompts) == 1 or self.ragged):
+        if exact and self.verifies and (len(prompts) == 1 or self.ragged):
             drafting = Drafting(
                 tau, 0 if tau is None and max_depth is None else max_depth, lookup, river=self.has_river
             )
             left = max_new_tokens - 1
             yield from exact_steps(self, state, first, prompts, left, drafting, sampling, self.experience)
         else:
-            # Where sequences cannot differ in length they cannot accept different numbers of drafts.
+            # Where sequences cannot differ in length they cannot accept different numbers of drafts; and where a pass
+            # tells of its last token only, nothing can be verified.
             run = self.backbone if exact else partial(self.forward, tau=tau, max_depth=max_depth)
             yield from _plain_steps(run, state, first, max_new_tokens - 1, sampling)
 

@@ -22,8 +22,8 @@ _BINS = 10
 _MEMORY = 0.99
 _GUESS_WEIGHT = 4.0
 _FIRST_GUESS = 0.85
-# Drafts stop by what each is worth, not at a length that is fixed: that the next one is worth a little less than the best
-# rate costs next to nothing, and a draft too few costs a pass.
+# Drafts stop by what each is worth, not at a fixed length: a draft that is worth a little less than the best rate costs
+# next to nothing, and one too few costs a pass.
 _SLACK = 0.8
 _FIRST_PROBE, _PROBE_EVERY = 8, 64
 

@@ -68,6 +68,10 @@ class OnnxDecoder(Decoder):
         return RiverConfig(**{name: noted[name] for name in ("exact", "lookup") if name in noted})
 
     @property
+    def verifies(self) -> bool:  # type: ignore[override]
+        return self.signature.step is None and not self.tells_last_only
+
+    @property
     def ragged(self) -> bool:  # type: ignore[override]
         return self.takes_padding
 
@@ -229,11 +233,12 @@ class OnnxDecoder(Decoder):
 
     def _moved(self, value: Any, axis: int, spans: Sequence[tuple[int, int, int, int]]) -> Any:
         """A cache of fixed length whose sequences stand where the spans tell; cut off is what lies behind."""
-        if all(filling == first for _, filling, first, _ in spans):
+        rows = [row for row, *_ in spans]
+        if rows == list(range(value.shape()[0])) and all(filling == first for _, filling, first, _ in spans):
             return value
-        moved = np.moveaxis(value.numpy(), axis, 1)
-        for row, filling, first, last in spans:
-            moved[row, filling : filling + last - first] = moved[row, first:last].copy()
+        moved = np.moveaxis(value.numpy(), axis, 1)[rows]
+        for place, (_, filling, first, last) in enumerate(spans):
+            moved[place, filling : filling + last - first] = moved[place, first:last].copy()
         return self._on_device(np.ascontiguousarray(np.moveaxis(moved, 1, axis)))
 
     def _load(self, *, reuse: bool) -> Any:

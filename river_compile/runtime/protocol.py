@@ -57,11 +57,13 @@ class Passes(ABC):
     """Forward passes of a decoder with a KV cache, whatever runs it.
 
     ``clock`` tells seconds: what passes cost is measured by it. ``fixed_batch``: no sequence can leave a state.
-    ``ragged``: sequences of a state may differ in length, the shorter ones padded on the left.
+    ``ragged``: sequences of a state may differ in length, the shorter ones padded on the left. ``verifies``: a pass of
+    several tokens gives logits for each.
     """
 
     fixed_batch: bool = False
     ragged: bool = True
+    verifies: bool = True
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     @property

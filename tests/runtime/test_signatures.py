@@ -16,6 +16,7 @@ from river_compile.measure.calibratable import OnnxCalibratable, Thresholds
 from river_compile.measure.subjects import BACKBONE, OnnxSubject, Setting
 from river_compile.runtime import OnnxDecoder
 from tests.contrib_model import ContribDecoder
+from tests.runtime.test_exact_onnx import eager
 from tests.signatures import ROOM, VARIANTS, write
 
 Exported = Callable[[str], Path]
@@ -41,6 +42,10 @@ def test_every_signature_is_understood(exported: Exported, river: Path, tmp_path
     found = OnnxDecoder(tmp_path / "m.onnx", threads=1)
     assert found.generate([PROMPT], 12).tokens == expected.generate([PROMPT], 12).tokens
     assert found.generate([PROMPT], 12, max_depth=1).tokens == expected.generate([PROMPT], 12, max_depth=1).tokens
+    exact = eager(found).generate([PROMPT], 12, exact=True)
+    assert exact.tokens == expected.generate([PROMPT], 12).tokens
+    # Without logits for every token nothing can be verified.
+    assert (exact.drafted > 0) == (variant not in ("logits of the last token", "one token a pass"))
     ids = np.arange(3, 15)
     ours, theirs = OnnxSubject(tmp_path / "m.onnx", 1), OnnxSubject(river, 1)
     for setting, stepwise in ((BACKBONE, False), (Setting(0.5), True)):
