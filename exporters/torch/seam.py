@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,14 +67,29 @@ def compile_piece(
         else value
         for value in values
     ]
-    artifact = compiler(
-        module,
-        examples,
-        dynamic_shapes="from_tracing_context",
-        options={"config_patches": {**_cacheable(module), **(options or {})}},
-    )
+    patches = {**_cacheable(module), **(options or {})}
+    try:
+        artifact = compiler(
+            module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
+        )
+    except Exception as error:
+        if not _is_wrong_source(error):
+            raise
+        warnings.warn(
+            f"a piece of the model runs uncompiled: Inductor of torch {torch.__version__} writes C++ for it that does "
+            "not compile",
+            stacklevel=2,
+        )
+        return module
     # The artifact's own call only hands the arguments on.
     return getattr(artifact, "_compiled_fn", artifact)  # type: ignore[no-any-return]
+
+
+def _is_wrong_source(error: Exception) -> bool:
+    """Whether Inductor wrote C++ that does not compile: that of torch 2.11, where it makes the mask of a growing cache,
+    checks an index before it declares it."""
+    inner = getattr(error, "inner_exception", error)
+    return "CppCompileError" in {kind.__name__ for kind in type(inner).__mro__}
 
 
 def _cacheable(module: fx.GraphModule) -> dict[str, Any]:

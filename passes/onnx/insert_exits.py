@@ -138,14 +138,16 @@ class _Chain:
 
 
 def _decide(branch: gs.Graph, layer: Layer, threshold: gs.Tensor, beyond: gs.Tensor, prefix: str) -> None:
-    """Six nodes (eight unless float32). The comparison comes before the minimum, since a minimum may lose a NaN."""
+    """Nine nodes (eleven unless float32). The comparison comes before the minimum, since a minimum may lose a NaN."""
     chain = _Chain(branch.nodes, prefix)
     states = [outer(layer.hidden_in), branch.outputs[0]]
     if branch.outputs[0].dtype != _FLOAT32:
         states = [chain.add("Cast", [state], _FLOAT32, to=onnx.TensorProto.FLOAT) for state in states]
-    before, after = (chain.add("LpNormalization", [state], _FLOAT32, axis=-1, p=2) for state in states)
-    product = chain.add("Mul", [before, after], _FLOAT32)
-    similarity = chain.add("ReduceSum", [product, outer(_LAST_AXIS)], _FLOAT32, keepdims=0)
+    # Not LpNormalization: ONNX Runtime has that of opset 22 on few devices, and before 1.24 on none.
+    norms = [chain.add("ReduceL2", [state, outer(_LAST_AXIS)], _FLOAT32, keepdims=0) for state in states]
+    product = chain.add("Mul", states, _FLOAT32)
+    total = chain.add("ReduceSum", [product, outer(_LAST_AXIS)], _FLOAT32, keepdims=0)
+    similarity = chain.add("Div", [total, chain.add("Mul", norms, _FLOAT32)], _FLOAT32)
     above = chain.add("Greater", [similarity, outer(threshold.name)], bool)
     decided = chain.add("ReduceMin", [above], bool, keepdims=0)
     branch.outputs.append(chain.add("Or", [decided, outer(beyond.name)], bool))

@@ -32,6 +32,7 @@ _EXAMPLES = """\b
 Examples:
   river-bench path/to/hf_model
   river-bench path/to/hf_model --tau 0.97,0.95 --depths 1,4
+  river-bench path/to/hf_model --startup --rounds 1
   river-bench path/to/hf_model --json --png bench.png > bench.json
 """
 
@@ -43,6 +44,9 @@ Examples:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="New tokens in a round.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--startup", is_flag=True, help="Measure start-up too: new processes with an empty, then with a filled disk cache."
+)
 @dtype_option()
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @bits_option
@@ -57,6 +61,7 @@ def main(
     rounds: int,
     tokens: int,
     batch: int,
+    startup: bool,
     dtype: str,
     device: str,
     bits: str,
@@ -87,6 +92,7 @@ def main(
             dtype=getattr(torch, dtype),
             device=device,
             config=config,
+            startup=startup,
             progress=progress,
         )
     if png is not None:
@@ -115,6 +121,8 @@ def _show(console: Console, result: BenchResult) -> None:
             f"{1 / row.median / limit:.0%}",
         )
     console.print(table)
+    if result.startup:
+        console.print(_startup_table(result))
     seconds = result.compile_seconds
     console.print(
         f"compile time: Inductor {seconds['inductor']:.1f} s, river {seconds['river']:.1f} s "
@@ -127,6 +135,28 @@ def _show(console: Console, result: BenchResult) -> None:
         f"({both / result.backbone_bytes:.2f}x); most memory while decoding: {peaks['inductor'] / 1e6:.0f} MB "
         f"before the river was made, {peaks['river'] / 1e6:.0f} MB after"
     )
+
+
+def _startup_table(result: BenchResult) -> Table:
+    from river_compile.measure.startup import TOKENS
+
+    table = Table(
+        box=box.SIMPLE,
+        title="start-up: seconds from a loaded model to a token, in a new process, and the ratio to Inductor",
+        title_justify="left",
+    )
+    table.add_column("")
+    for token in TOKENS:
+        for kind in ("CPU s", "wall s"):
+            table.add_column(f"{kind}, token {token}", justify="right")
+    for row in result.startup:
+        cells = []
+        for cpu, cpu_ratio, wall, wall_ratio in zip(
+            row.cpu_seconds, row.cpu_ratio, row.wall_seconds, row.wall_ratio, strict=True
+        ):
+            cells += [f"{cpu:.1f} ({cpu_ratio:.2f}x)", f"{wall:.1f} ({wall_ratio:.2f}x)"]
+        table.add_row(f"{row.cache}, {row.way}", *cells)
+    return table
 
 
 if __name__ == "__main__":

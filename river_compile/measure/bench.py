@@ -20,7 +20,8 @@ import torch
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError, MissingExtra
-from river_compile.exporters.onnx.kv_cache import cache_argument
+from river_compile.measure.greedy import PROMPT, decode, load_with_prompt, wait
+from river_compile.measure.startup import Startup, measure_startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +74,7 @@ class BenchResult:
         decode_peak_bytes: most memory of the process while it decodes (on a GPU: of its memory), by "inductor", with no
             river made yet, and "river", with all that Inductor's version holds still there. The difference is what the
             river costs, at most.
+        startup: seconds to the first tokens in new processes, if that was asked for.
     """
 
     model: str
@@ -87,6 +89,7 @@ class BenchResult:
     backbone_bytes: int
     river_bytes: int
     decode_peak_bytes: dict[str, int]
+    startup: list[Startup] = field(default_factory=list)
 
     def ratio(self, row: BenchRow) -> float:
         """How many times faster than plain Inductor: the median over rounds of the ratio within a round."""
@@ -121,7 +124,8 @@ def bench(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     config: RiverConfig | None = None,
-    prompt: str = "Explain in a few sentences how a lighthouse helps ships at night.",
+    prompt: str = PROMPT,
+    startup: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> BenchResult:
     """Time decode passes of a Hugging Face model, all ways interleaved, with a static cache and greedy choice.
@@ -131,12 +135,13 @@ def bench(
         taus: thresholds to run the river at; ``depths`` are exit depths to force.
         rounds: interleaved rounds after one of warm-up.
         config: of the river; its tau and max_depth are overridden.
+        startup: measure start-up as well.
 
     Raises:
         InputError: it is no decoder that gets a river.
         MissingExtra: transformers is not installed.
     """
-    model, tokens = _load(folder, dtype, device, prompt, batch)
+    model, tokens = load_with_prompt(folder, dtype, device, prompt, batch)
     backend = RiverBackend(config)
     compiled: dict[str, Callable[..., Any]] = {"eager": model}
     seconds: dict[str, float] = {}
@@ -148,9 +153,9 @@ def bench(
             compiled[name] = torch.compile(model, backend=kind)
             started = time.perf_counter()
             for _ in range(2):
-                _decode(model, compiled[name], tokens, 3)
+                decode(model, compiled[name], tokens, 3)
             seconds[name] = time.perf_counter() - started
-        peaks[name] = _peak_bytes(device, partial(_decode, model, compiled[name], tokens, 3))
+        peaks[name] = _peak_bytes(device, partial(decode, model, compiled[name], tokens, 3))
         progress(f"compile: {name}", 1, 1)
     stats = backend.stats()
     if stats.fallbacks or not stats.river_layers:
@@ -165,6 +170,12 @@ def bench(
         depth = stats.layers if math.isnan(row.mean_depth) else row.mean_depth
         row.bytes_per_token = weights(depth)
     progress("measure", 1, 1)
+    startups: list[Startup] = []
+    if startup:
+        options = json.loads(backend.config.to_json())
+        startups = measure_startup(
+            folder, dtype=str(dtype).removeprefix("torch."), device=device, options=options, progress=progress
+        )
     return BenchResult(
         model=str(folder),
         device=_device_name(device),
@@ -178,26 +189,8 @@ def bench(
         backbone_bytes=stats.backbone_bytes,
         river_bytes=backend.stats().river_bytes,
         decode_peak_bytes=peaks,
+        startup=startups,
     )
-
-
-def _load(
-    folder: str | Path, dtype: torch.dtype, device: str, prompt: str, batch: int
-) -> tuple[PreTrainedModel, torch.Tensor]:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtra("transformers", "hf", "reading a Hugging Face model") from error
-    from river_compile.exporters.onnx.hf import load_decoder
-
-    model: Any = load_decoder(folder, dtype).to(device)
-    model.requires_grad_(False)
-    try:
-        ids = AutoTokenizer.from_pretrained(str(folder))(prompt, return_tensors="pt")["input_ids"]
-    except (OSError, ValueError):
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, 16), generator=generator)
-    return model, ids.expand(batch, -1).contiguous().to(device)
 
 
 def _rows(layers: int, taus: Sequence[float], depths: Sequence[int]) -> list[BenchRow]:
@@ -225,35 +218,10 @@ def _measure(
     if row.tau is not None:
         backend.tau, backend.max_depth = row.tau, row.max_depth
     backend.decode_depths.clear()
-    times = _decode(model, compiled["river" if row.tau is not None else row.name], tokens, new_tokens)
+    times = decode(model, compiled["river" if row.tau is not None else row.name], tokens, new_tokens)
     if keep:
         row.seconds.append(statistics.median(times))
         row.depths += list(backend.decode_depths.elements())
-
-
-@torch.no_grad()
-def _decode(model: PreTrainedModel, forward: Callable[..., Any], tokens: torch.Tensor, new_tokens: int) -> list[float]:
-    """Seconds of each decode pass after the prompt."""
-    from transformers import StaticCache
-
-    # One size for all: a new cache length would be a new graph.
-    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + max(new_tokens, 128))
-    kept = {cache_argument(model): cache}
-    logits = forward(tokens, use_cache=True, **kept).logits
-    times = []
-    for _ in range(new_tokens):
-        token = logits[:, -1:].argmax(-1)
-        _wait(tokens.device)
-        started = time.perf_counter()
-        logits = forward(token, use_cache=True, **kept).logits
-        _wait(tokens.device)
-        times.append(time.perf_counter() - started)
-    return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager
@@ -287,10 +255,10 @@ def _bandwidth(device: str) -> float:
     block = torch.ones(1 << 28, device=device)
     times = []
     for _ in range(5):
-        _wait(block.device)
+        wait(block.device)
         started = time.perf_counter()
         block.sum()
-        _wait(block.device)
+        wait(block.device)
         times.append(time.perf_counter() - started)
     return block.nbytes / min(times)
 

@@ -100,7 +100,7 @@ def test_every_option_reaches_the_exported_model(model: Path, tmp_path: Path) ->
     names = ["1_find_layers.txt", "2_grow_river.txt", "3_share_kv.txt", "4_insert_exits.txt"]
     assert sorted(path.name for path in dump.iterdir()) == names
     assert "MatMulNBits" in (dump / names[2]).read_text()
-    assert "LpNormalization" not in (dump / names[2]).read_text()
+    assert "ReduceL2" not in (dump / names[2]).read_text()
 
 
 def test_layers_may_be_given_as_ranges(model: Path, tmp_path: Path) -> None:
