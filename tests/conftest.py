@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -11,9 +12,17 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tracing makes very many objects that stay; to look through them as often as is usual takes a third of its time.
+gc.set_threshold(100_000, 20, 20)
 
 _ROOT = Path(__file__).parent.parent
 _SOURCES = tuple(_ROOT / name for name in ("exporters/onnx/hf.py", "exporters/onnx/tracing.py", "tests/families.py"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays."""
+    gc.collect()
+    gc.freeze()
 
 
 class Exported(Protocol):

@@ -68,9 +68,16 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 NAMED = ("llama", "mistral", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "gemma", "falcon")
 """The families that every lowering is checked on at every depth; the others are checked where it is cheap."""
 
+CLOSELY_EXPORTED = (*NAMED, "gemma2", "bloom", "mixtral")
+"""The families that ONNX is made of in many tests, with four layers; of the others with two, since exports are slow."""
 
 NOT_EXPORTED = ("mpt",)
 """Families whose code torch.export itself refuses at dynamic lengths."""
+
+
+def exported_layers(family: str) -> int:
+    """Decoder layers that a test of every family exports."""
+    return LAYERS if family in CLOSELY_EXPORTED else 2
 
 
 def random_model(family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -169,7 +169,9 @@ onnx_file.chunks = slowly
 
 
 def _start(*arguments: object, slow_disk: bool = False) -> subprocess.Popen[str]:
-    code = "from river_compile.cli.export import main; main()"
+    # A test run in the background of a shell has interrupts ignored, and would hand that on.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from river_compile.cli.export import main; main()"
     if slow_disk:
         code = _SLOW_DISK + code
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,19 @@ from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.onnx.hf import export_decoder
-from tests.families import FAMILIES, LAYERS, NAMED, NOT_EXPORTED, random_model
+from tests.conftest import Exported
+from tests.families import FAMILIES, NAMED, NOT_EXPORTED, exported_layers, random_model
 from tests.oracle import assert_every_depth
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*NAMED, *NOT_EXPORTED)])
 def test_each_depth_equals_the_plain_model_with_dequantized_weights(
-    exported: Callable[[str], Path], family: str, tmp_path: Path
+    exported: Exported, family: str, tmp_path: Path
 ) -> None:
-    original, river = exported(family), tmp_path / "m.onnx"
+    layers = exported_layers(family)
+    original, river = exported(family, layers), tmp_path / "m.onnx"
     report = export(original, river, RiverConfig(tau=2.0, activations="float"))
-    assert report.layers == report.river_layers == LAYERS
+    assert report.layers == report.river_layers == layers
     # Longer than the sliding window of eight that some of them have.
     assert_every_depth(original, river, lengths=(12, 1, 2))
 

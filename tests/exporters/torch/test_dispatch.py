@@ -29,22 +29,27 @@ from tests.torch_models import (
 )
 
 QUICK = [
-    *((family, cache) for family in ("llama", "gpt2", "gemma2") for cache in CACHES),
-    *((family, "static") for family in ("qwen2", "gemma")),
-    *((family, "dynamic") for family in ("mistral", "phi3", "gpt_neox")),
+    *((family, cache) for family in ("llama", "gemma2") for cache in CACHES),
+    *((family, "static") for family in ("qwen2", "mistral", "gpt2")),
+    *((family, "dynamic") for family in ("phi3", "gpt_neox", "gemma")),
 ]
+FEW = 3
+"""Layers, of models that are traced often: a first, one within, a last."""
+
 SHAPES = [(1, 1), (1, 2), (3, 2), (1, 100)]
 
 
 class Case:
     """A family's random model, compiled, and its judges."""
 
-    def __init__(self, family: str, config: RiverConfig = RIVER_EVERYWHERE, compiler: Any = as_it_is) -> None:
+    def __init__(
+        self, family: str, config: RiverConfig = RIVER_EVERYWHERE, compiler: Any = as_it_is, layers: int = LAYERS
+    ) -> None:
         torch.compiler.reset()
-        self.model = random_model(family)
+        self.model = random_model(family, layers)
         self.backend = RiverBackend(config, lowering=Dequantized(), compiler=compiler)
         self.compiled = torch.compile(self.model, backend=self.backend)
-        self.judges = [with_river_from(self.model, depth) for depth in range(LAYERS + 1)]
+        self.judges = [with_river_from(self.model, depth) for depth in range(layers + 1)]
 
     def check(self, depth: int, batch: int, length: int, cache: str, mask: torch.Tensor | None = None) -> None:
         ids = prompt(batch, length)
@@ -56,19 +61,19 @@ class Case:
 @pytest.mark.parametrize(("family", "cache"), family_and_cache(QUICK))
 def test_each_depth_equals_the_model_with_dequantized_weights(family: str, cache: str) -> None:
     """Prompts of three lengths, padded on the left, and what follows them."""
-    case = Case(family)
+    case = Case(family, layers=FEW)
     mask = torch.tensor([[1] * 10, [0] * 2 + [1] * 8, [0] * 9 + [1]])
-    for depth in range(LAYERS + 1):
+    for depth in range(FEW + 1):
         case.check(depth, 3, 10, cache, mask)
     assert not case.backend.stats().fallbacks
 
 
-@pytest.mark.parametrize(("family", "cache"), family_and_cache([("llama", "dynamic"), ("gemma2", "static")]))
+@pytest.mark.parametrize(("family", "cache"), family_and_cache([("llama", "dynamic")]))
 def test_each_depth_is_the_same_at_prompts_of_every_shape(family: str, cache: str) -> None:
     """Each shape is another graph: one token, one sequence, several."""
-    case = Case(family)
+    case = Case(family, layers=FEW)
     for batch, length in SHAPES:
-        for depth in range(LAYERS + 1):
+        for depth in range(FEW + 1):
             case.check(depth, batch, length, cache)
     assert not case.backend.stats().fallbacks
 
@@ -152,10 +157,10 @@ def contents(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]
 
 @pytest.fixture(scope="module", params=CACHES)
 def kept(request: pytest.FixtureRequest) -> tuple[Case, str]:
-    return Case("llama"), request.param
+    return Case("llama", layers=FEW), request.param
 
 
-@given(depths=st.lists(st.integers(0, LAYERS), min_size=2, max_size=8), chunk=st.sampled_from([1, 1, 2]))
+@given(depths=st.lists(st.integers(0, FEW), min_size=2, max_size=8), chunk=st.sampled_from([1, 1, 2]))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_cache_slot_is_written_once_by_one_twin(kept: tuple[Case, str], depths: list[int], chunk: int) -> None:
     """After any schedule of depths over several calls on one cache, the cache holds, at each layer and position, what
@@ -209,13 +214,13 @@ def test_the_flag_is_sticky_and_follows_the_least_similarity() -> None:
 
 
 def test_a_changed_weight_is_quantized_anew() -> None:
-    case = Case("llama")
+    case = Case("llama", layers=FEW)
     case.check(0, 1, 2, "dynamic")
     with torch.no_grad():
         case.model.model.layers[1].mlp.up_proj.weight.mul_(0.5)
-    case.judges = [with_river_from(case.model, depth) for depth in range(LAYERS + 1)]
+    case.judges = [with_river_from(case.model, depth) for depth in range(FEW + 1)]
     case.check(0, 1, 2, "dynamic")
     replacement = torch.nn.Parameter(torch.randn_like(case.model.model.layers[2].mlp.up_proj.weight) * 0.1)
     case.model.model.layers[2].mlp.up_proj.weight = replacement
-    case.judges = [with_river_from(case.model, depth) for depth in range(LAYERS + 1)]
+    case.judges = [with_river_from(case.model, depth) for depth in range(FEW + 1)]
     case.check(0, 1, 2, "dynamic")

@@ -133,11 +133,13 @@ class Case:
         self.addresses: list[torch.Tensor] = []
         self.step = 0
 
+    @torch.no_grad()
     def new_caches(self, kind: str = "static") -> None:
         """Caches that hold a prompt."""
         self.caches = [new_cache(self.model, kind), new_cache(self.model, kind)]
-        self.length = 0
-        self.decode(length=3, check=False)
+        self.length = 3
+        for model, cache in zip((self.model, self.twin), self.caches, strict=True):
+            model(prompt(1, self.length), past_key_values=cache, use_cache=True)
 
     @torch.no_grad()
     def decode(self, depth: int | None = None, length: int = 1, check: bool = True) -> torch.Tensor:

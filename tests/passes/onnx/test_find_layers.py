@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from river_compile.errors import LayersNotFound
 from river_compile.exporters.onnx.rewrite import dissect
 from river_compile.passes.anatomy import Layer
 from river_compile.passes.onnx.find_layers import Anatomy
+from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
-from tests.families import FAMILIES, LAYERS, NOT_EXPORTED
+from tests.families import FAMILIES, NOT_EXPORTED, exported_layers
 from tests.strip import with_scoped_names, without_names
-
-Exported = Callable[[str], Path]
 
 
 def _anatomy(path: Path) -> Anatomy:
@@ -34,13 +32,13 @@ def _shape(layer: Layer) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
 def test_three_ways_lead_to_the_same_layers(exported: Exported, family: str, tmp_path: Path) -> None:
-    original = exported(family)
+    original = exported(family, exported_layers(family))
     by_metadata = _anatomy(original)
     by_names = _anatomy(with_scoped_names(original, tmp_path / "names.onnx"))
     by_structure = _anatomy(without_names(original, tmp_path / "structure.onnx"))
     assert [by_metadata.found_by, by_names.found_by, by_structure.found_by] == ["metadata", "names", "structure"]
     expected = [_shape(layer) for layer in by_metadata.layers]
-    assert len(expected) == LAYERS
+    assert len(expected) == exported_layers(family)
     assert [_shape(layer) for layer in by_names.layers] == expected
     assert [_shape(layer) for layer in by_structure.layers] == expected
 

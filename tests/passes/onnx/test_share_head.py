@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,9 @@ from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.exporters.onnx.rewrite import survey
 from river_compile.passes.onnx.share_head import HEAD
-from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY
+from tests.conftest import Exported
+from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY, exported_layers
 from tests.oracle import Oracle, Player, assert_close, dequantize, session
-
-Exported = Callable[[str], Path]
 
 
 def _telling(model: Path, tensors: list[str], target: Path) -> Path:
@@ -42,7 +40,8 @@ def _head_weight(river: Path) -> np.ndarray:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
 def test_the_head_goes_with_the_last_layer(exported: Exported, family: str, bits: int, tmp_path: Path) -> None:
-    original, river = exported(family), tmp_path / "m.onnx"
+    layers = exported_layers(family)
+    original, river = exported(family, layers), tmp_path / "m.onnx"
     export(original, river, RiverConfig(tau=2.0, activations="float", head_bits=bits))
     found = survey(onnx.load(original, load_external_data=False), original.parent, RiverConfig())[1].head
     assert found is not None
@@ -53,11 +52,11 @@ def test_the_head_goes_with_the_last_layer(exported: Exported, family: str, bits
     weight = _head_weight(river)
     weight = weight.T if found.source.transposed else weight
     bias = onnx.numpy_helper.to_array(_initializer(original, found.source.bias)) if found.source.bias else 0
-    for depth in range(LAYERS + 1):
+    for depth in range(layers + 1):
         outputs = Player(runner, 2).step(_ids(depth), max_depth=depth)
         expected = Player(oracle.at(depth), 2).step(_ids(depth))
         exited = expected[state] @ weight + bias
-        assert_close(outputs, {result: exited if depth < LAYERS else expected[result]})
+        assert_close(outputs, {result: exited if depth < layers else expected[result]})
     assert np.abs(exited - expected[result]).max() > 0
 
 
