@@ -234,9 +234,9 @@ def _dump(config: RiverConfig, graph: FxGraph, plan: Plan, number: int) -> None:
     config.dump_dir.mkdir(parents=True, exist_ok=True)
     parts = [f"# the whole graph\n{graph.module.print_readable(print_output=False)}"]
     for piece in plan.pieces:
-        parts.append(f"# {', '.join(piece.outputs)}\n{piece.module.print_readable(print_output=False)}")
+        parts.append(f"# {', '.join(piece.outputs)}\n{piece.module().print_readable(print_output=False)}")
     for index, twin in plan.twins.items():
-        parts.append(f"# river of layer {index}\n{twin.river.module.print_readable(print_output=False)}")
+        parts.append(f"# river of layer {index}\n{twin.river.module().print_readable(print_output=False)}")
     (config.dump_dir / f"graph_{number}.txt").write_text("\n\n".join(parts))
 
 

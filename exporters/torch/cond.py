@@ -6,13 +6,14 @@ The other way to ONNX, `exporters.rewrite`, works on the exported graph instead;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import fx, nn
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
@@ -21,7 +22,7 @@ from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph
-from river_compile.passes.fx.grow_river import Twin, grow_river
+from river_compile.passes.fx.grow_river import grow_river
 from river_compile.passes.fx.insert_exits import insert_exits
 from river_compile.passes.fx.pieces import Piece
 from river_compile.passes.fx.share_kv import Plan, share_kv
@@ -94,15 +95,29 @@ def _product(
     return result if bias is None else result + bias
 
 
+@dataclass(frozen=True)
+class _Callable:
+    """A piece, made before the export: its tracer cannot make modules."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    module: fx.GraphModule
+
+    @classmethod
+    def of(cls, piece: Piece) -> _Callable:
+        return cls(piece.inputs, piece.outputs, piece.module())
+
+    def run(self, values: dict[str, Any]) -> None:
+        values |= dict(zip(self.outputs, self.module(*(values[name] for name in self.inputs)), strict=True))
+
+
 class CondDecoder(nn.Module):
     """The rewritten graph as a module: the inputs of the decoder, then tau and the depth limit; its outputs, then the
     exit depth, int64 []. Each layer with a twin is one ``torch.cond`` whose branches return hidden state, keys and
     values; nothing is written in place.
     """
 
-    def __init__(
-        self, graph: FxGraph, anatomy: Anatomy, plan: Plan, points: Sequence[int], held: dict[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, graph: FxGraph, plan: Plan, points: Sequence[int], held: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self._tensors = nn.ParameterDict()
         self._names = {name: f"t{index}" for index, name in enumerate(held)}
@@ -110,34 +125,37 @@ class CondDecoder(nn.Module):
             self._tensors[self._names[name]] = nn.Parameter(tensor.detach(), requires_grad=False)
         self._inputs = [node.name for node in graph.placeholders if node.name not in held]
         self._results = [node.name for node in graph.results]
-        self._plan, self._layers, self._points = plan, len(anatomy.layers), frozenset(points)
+        self._prefix, self._suffix = (_Callable.of(piece) if piece else None for piece in (plan.prefix, plan.suffix))
+        self._layers = [_Callable.of(piece) for piece in plan.layers]
+        self._rivers = {index: _Callable.of(twin.river) for index, twin in plan.twins.items()}
+        self._points = frozenset(points)
 
     def forward(
         self, inputs: Sequence[torch.Tensor | None], tau: torch.Tensor, max_depth: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         values: dict[str, Any] = {name: self._tensors[key] for name, key in self._names.items()}
         values |= dict(zip(self._inputs, inputs, strict=True))
-        if self._plan.prefix is not None:
-            _run(self._plan.prefix, values)
+        if self._prefix is not None:
+            self._prefix.run(values)
         exited = max_depth < 0
         depth = torch.zeros((), dtype=torch.int64)
-        for index, piece in enumerate(self._plan.layers):
-            twin = self._plan.twins.get(index)
-            if twin is None:
-                _run(piece, values)
+        for index, layer in enumerate(self._layers):
+            river = self._rivers.get(index)
+            if river is None:
+                layer.run(values)
                 depth = depth + 1
                 continue
             exited = exited | (max_depth <= index)
             depth = depth + (~exited).to(torch.int64)
-            exited = self._branch(piece, twin, exited, tau, values, decides=index + 1 in self._points)
-        if self._plan.suffix is not None:
-            _run(self._plan.suffix, values)
+            exited = self._branch(layer, river, exited, tau, values, decides=index + 1 in self._points)
+        if self._suffix is not None:
+            self._suffix.run(values)
         return (*(values[name] for name in self._results), depth)
 
     def _branch(
         self,
-        piece: Piece,
-        twin: Twin,
+        layer: _Callable,
+        twin: _Callable,
         exited: torch.Tensor,
         tau: torch.Tensor,
         values: dict[str, Any],
@@ -145,28 +163,24 @@ class CondDecoder(nn.Module):
         decides: bool,
     ) -> torch.Tensor:
         """Run one of a layer's twins; whether the model has exited after it."""
-        names = list(dict.fromkeys([*piece.inputs, *twin.river.inputs]))
-        outputs = twin.backbone.outputs
+        names = list(dict.fromkeys([*layer.inputs, *twin.inputs]))
+        outputs = twin.outputs
 
         def river(tau: torch.Tensor, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             own = dict(zip(names, operands, strict=True))
-            _run(twin.river, own)
+            twin.run(own)
             return (*(own[name] for name in outputs), torch.ones((), dtype=torch.bool))
 
         def backbone(tau: torch.Tensor, *operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
             own = dict(zip(names, operands, strict=True))
-            _run(piece, own)
-            above = own[piece.outputs[-1]] > tau if decides else torch.zeros((), dtype=torch.bool)
+            layer.run(own)
+            above = own[layer.outputs[-1]] > tau if decides else torch.zeros((), dtype=torch.bool)
             return (*(own[name] for name in outputs), above)
 
         results = torch.cond(exited, river, backbone, (tau, *(values[name] for name in names)))
         values |= dict(zip(outputs, results[:-1], strict=True))
         flag: torch.Tensor = results[-1]
         return flag
-
-
-def _run(piece: Piece, values: dict[str, Any]) -> None:
-    values |= dict(zip(piece.outputs, piece.module(*(values[name] for name in piece.inputs)), strict=True))
 
 
 def cond_decoder(
@@ -200,7 +214,7 @@ def cond_decoder(
     for twin in river.twins.values():
         for names, product in twin.products.items():
             held |= dict(zip(names, weights.operands(product), strict=True))
-    return CondDecoder(graph, anatomy, plan, points, held), anatomy
+    return CondDecoder(graph, plan, points, held), anatomy
 
 
 def export_with_cond(model: nn.Module, path: Path, config: RiverConfig, chosen: Quantizer) -> Anatomy:

@@ -66,7 +66,7 @@ class Artifacts:
                 return artifact.run
         values = [seam.as_it_is_now(value_of(node)) for node in piece.placeholders.values()]
         with seam.guards_since() as guards:
-            run = self._compiler(piece.module, values)
+            run = self._compiler(piece.module(), values)
         mine = [guard for guard in guards if guard.free_symbols <= symbols.names.keys()]
         known.append(_Artifact(run, [_renamed(guard, symbols.names) for guard in mine]))
         return run

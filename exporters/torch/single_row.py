@@ -38,8 +38,6 @@ def lower_single_rows(piece: Piece, weights: Collection[str]) -> int:
         linear.node.replace_all_uses_with(result)
         piece.graph.erase_node(linear.node)
         replaced += 1
-    if replaced:
-        piece.module.recompile()
     return replaced
 
 

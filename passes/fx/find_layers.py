@@ -14,7 +14,7 @@ from river_compile.errors import LayersNotFound
 from river_compile.passes.anatomy import Anatomy, CacheSlot, Layer
 from river_compile.passes.fx.graph import FxGraph, operands, operation, root_of, value_of, written_roots
 from river_compile.passes.fx.pieces import cut_piece, signature
-from river_compile.passes.fx.residual_stream import deepest, find_streams
+from river_compile.passes.fx.residual_stream import find_streams
 
 __all__ = ["find_layers"]
 
@@ -138,7 +138,7 @@ def _cache_writes(graph: FxGraph, nodes: Sequence[fx.Node], hidden: frozenset[fx
                 slots[root] = CacheSlot(root.name, node.name)
     results = set(graph.results)
     inside = set(nodes)
-    sink = deepest(graph)
+    sink = graph.deepest
     for node in nodes:
         if node in results and node is not sink and _rank(node) >= 3 and node not in hidden:
             root = root_of(node)

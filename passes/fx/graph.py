@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,14 @@ class FxGraph:
     @property
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    @functools.cached_property
+    def deepest(self) -> fx.Node | None:
+        """The result that the most operations one after the other lead to: the logits."""
+        depth: dict[fx.Node, int] = {}
+        for node in self.steps:
+            depth[node] = 1 + max((depth.get(operand, 0) for operand in operands(node)), default=0)
+        return max(self.results, key=lambda node: depth.get(node, 0), default=None)
 
     @property
     def output(self) -> fx.Node:

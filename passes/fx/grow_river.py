@@ -192,8 +192,7 @@ def _twin(
         if name not in quantized or _still_read(node)
     ]
     body.graph.lint()
-    body.module.recompile()
-    return Twin(layer, backbone, Piece(body.module, tuple(kept_inputs), body.outputs), products)
+    return Twin(layer, backbone, Piece(body.graph, body.held, tuple(kept_inputs), body.outputs), products)
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

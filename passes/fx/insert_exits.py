@@ -84,5 +84,4 @@ def _with_similarity(piece: Piece, layer: Layer, mask: fx.Node | None) -> Piece:
     least = graph.call_function(similarity, (before, after, padding))
     graph.output((*(copies[node] for node in piece.results.values()), least))
     graph.lint()
-    module = fx.GraphModule(piece.module, graph)
-    return Piece(module, inputs, (*piece.outputs, similarity_name(layer.index)))
+    return Piece(graph, piece.held, inputs, (*piece.outputs, similarity_name(layer.index)))

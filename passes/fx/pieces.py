@@ -6,7 +6,7 @@ whole, so the pieces one after the other are the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,19 @@ class Piece:
     """A run of nodes as a graph of its own.
 
     Fields:
-        module: one placeholder for each input, in order; it returns a tuple of the outputs.
+        graph: one placeholder for each input, in order; it returns a tuple of the outputs.
+        held: what its ``get_attr`` nodes read, by their targets.
         inputs, outputs: names of the values in the whole graph that they are.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
+    held: Mapping[str, Any]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
+    def module(self) -> fx.GraphModule:
+        """The piece to be called or compiled, made anew: it costs, and of pieces of one form one is compiled."""
+        return fx.GraphModule(dict(self.held), self.graph)
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
@@ -75,20 +77,19 @@ def cut_piece(graph: FxGraph, nodes: Sequence[fx.Node], outputs: Sequence[fx.Nod
         bound = _binders(read)
         read |= dict.fromkeys(tensors[symbol] for symbol in needed if symbol in tensors and symbol not in bound)
 
-    module = fx.GraphModule({}, fx.Graph())
+    piece, held = fx.Graph(), {}
     copies: dict[fx.Node, fx.Node] = {}
     for node in read:
-        copies[node] = module.graph.placeholder(node.name)
+        copies[node] = piece.placeholder(node.name)
         copies[node].meta = _kept(node)
     for node in nodes:
         if node.op == "get_attr":
-            setattr(module, str(node.target), getattr(graph.module, str(node.target)))
-        copies[node] = module.graph.node_copy(node, lambda operand: copies[operand])
+            held[str(node.target)] = getattr(graph.module, str(node.target))
+        copies[node] = piece.node_copy(node, lambda operand: copies[operand])
         copies[node].meta = _kept(node)
-    module.graph.output(tuple(copies[node] for node in outputs))
-    module.graph.lint()
-    module.recompile()
-    return Piece(module, tuple(node.name for node in read), tuple(node.name for node in outputs))
+    piece.output(tuple(copies[node] for node in outputs))
+    piece.lint()
+    return Piece(piece, held, tuple(node.name for node in read), tuple(node.name for node in outputs))
 
 
 def _sizes_from_outside(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -167,16 +168,16 @@ def signature(piece: Piece, symbols: Symbols | None = None, *, with_values: bool
     lines = []
     for node in piece.graph.nodes:
         numbers[node] = f"%{len(numbers)}"
-        target = "" if node.op in ("placeholder", "output") else _target(node, piece.module)
+        target = "" if node.op in ("placeholder", "output") else _target(node, piece.held)
         operands = "" if node.op == "placeholder" else f"{_text(node.args, numbers)} {_text(node.kwargs, numbers)}"
         form = _form(value_of(node), symbols) if with_values and node.op == "placeholder" else ""
         lines.append(f"{numbers[node]} {node.op} {target} {operands} {form}")
     return "\n".join([*lines, *symbols.facts()])
 
 
-def _target(node: fx.Node, module: fx.GraphModule) -> str:
+def _target(node: fx.Node, held: Mapping[str, Any]) -> str:
     if node.op == "get_attr":
-        attribute = getattr(module, str(node.target), None)
+        attribute = held.get(str(node.target))
         return attribute.code if isinstance(attribute, fx.GraphModule) else repr(attribute)
     if isinstance(node.target, str):
         return node.target

@@ -7,7 +7,7 @@ from torch import fx
 
 from river_compile.passes.fx.graph import FxGraph, operands, value_of
 
-__all__ = ["deepest", "find_streams"]
+__all__ = ["find_streams"]
 
 
 def find_streams(graph: FxGraph) -> list[list[fx.Node]]:
@@ -16,7 +16,7 @@ def find_streams(graph: FxGraph) -> list[list[fx.Node]]:
 
     Requires: nodes that carry their fake value.
     """
-    sink = deepest(graph)
+    sink = graph.deepest
     if sink is None:
         return []
     ancestors = _ancestors(sink)
@@ -27,14 +27,6 @@ def find_streams(graph: FxGraph) -> list[list[fx.Node]]:
 def _may_be_tokens(node: fx.Node) -> bool:
     value = value_of(node)
     return isinstance(value, torch.Tensor) and 2 <= value.dim() <= 3 and value.dtype != torch.bool
-
-
-def deepest(graph: FxGraph) -> fx.Node | None:
-    """The result that the most operations one after the other lead to: the logits."""
-    depth: dict[fx.Node, int] = {}
-    for node in graph.steps:
-        depth[node] = 1 + max((depth.get(operand, 0) for operand in operands(node)), default=0)
-    return max(graph.results, key=lambda node: depth.get(node, 0), default=None)
 
 
 def _ancestors(sink: fx.Node) -> set[fx.Node]:

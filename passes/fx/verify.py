@@ -85,13 +85,12 @@ def _cache_problem(layer: Layer, piece: Piece) -> str:
 
 def _plan_problem(graph: FxGraph, plan: Plan) -> str:
     of_graph = [node.name for node in graph.steps]
-    own = set(of_graph)
+    own = set(of_graph) - {node.name for node in graph.placeholders}
     found = [node.name for piece in plan.pieces for node in piece.graph.nodes if node.name in own]
-    found = [name for name in found if name not in {node.name for node in graph.placeholders}]
     missing = set(of_graph) - set(found)
     if missing:
         return f"the backbone lost {len(missing)} nodes, such as {min(missing)}"
-    made = {node.name for node in graph.module.graph.nodes if node not in graph.steps}
+    made = {node.name for node in graph.module.graph.nodes} - set(of_graph)
     for piece in plan.pieces:
         unknown = [name for name in piece.inputs if name not in made]
         if unknown:

@@ -81,9 +81,9 @@ def back(cache: Any, marked: Any) -> None:
 
 
 def _crop(cache: Any, tokens: int) -> None:
-    if tokens:
-        for layer in cache.layers:
-            layer.crop(-tokens)
+    # As the layers' own `crop`, which transformers has from 5.24 on: in place, since the length has a fixed address.
+    for layer in cache.layers if tokens else ():
+        layer.cumulative_length.sub_(tokens)
 
 
 def cut(cache: Any, spans: Sequence[Span], length: int) -> None:

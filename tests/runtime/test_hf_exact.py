@@ -172,5 +172,5 @@ def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
     cache = StaticCache(config=model.config, max_cache_len=64)
     model(torch.randint(3, VOCABULARY, (1, 12)), past_key_values=cache)
     ids = torch.randint(3, VOCABULARY, (1, 14))
-    with pytest.raises(ConfigError, match="drops what has left a layer's window"):
+    with pytest.raises(ConfigError, match="has layers that drop what has left their window"):
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, custom_generate=river_compile.exact)
