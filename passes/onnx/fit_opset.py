@@ -137,6 +137,11 @@ def _older(graph: OnnxGraph, node: gs.Node) -> Sequence[gs.Node] | None:
         return [node]
     if node.op == "Shape":
         return _sliced_shape(graph, node)
+    if node.op.startswith("Reduce") and len(node.inputs) > 1 and node.inputs[1].name in graph.weights:
+        # The axes were an attribute.
+        node.attrs["axes"] = graph.weights[node.inputs[1].name].values.reshape(-1).tolist()
+        del node.inputs[1]
+        return [node]
     if node.op in ("ReduceMin", "ReduceMax"):
         return as_numbers(node)
     return None
