@@ -20,8 +20,13 @@ _SOURCES = tuple(_ROOT / name for name in ("exporters/onnx/hf.py", "exporters/on
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays."""
+    """What was imported stays, and is not looked through."""
     gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Nor is it looked through at the end, which takes longer than xdist waits for its workers."""
     gc.freeze()
 
 
