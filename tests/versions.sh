@@ -4,7 +4,9 @@
 # `make clean` removes them.
 set -euo pipefail
 venvs=.cache/venvs
-tests="tests/exporters tests/passes tests/test_backend.py tests/test_api.py"
+tests="tests/exporters tests/passes tests/runtime tests/test_backend.py tests/test_api.py"
+# By Inductor itself, with the cache whose sizes are symbolic: what a torch release changes first.
+inductor=tests/exporters/torch/test_dispatch.py::test_inductor_compiles_each_kind_of_piece_once
 
 test -x $venvs/tools/bin/uv || { "$PYTHON" -m venv $venvs/tools; $venvs/tools/bin/pip install --quiet uv; }
 failed=""
@@ -19,5 +21,6 @@ for which in oldest newest; do
     $venvs/tools/bin/uv pip list --quiet --python $venvs/$which/bin/python \
         | grep -iE '^(torch|transformers|onnx|onnxscript|onnxruntime|numpy) ' || true
     OMP_NUM_THREADS=1 $venvs/$which/bin/python -m pytest -n 2 -m 'not slow' $tests || failed="$failed $which"
+    OMP_NUM_THREADS=1 $venvs/$which/bin/python -m pytest $inductor || failed="$failed $which/inductor"
 done
 test -z "$failed" || { echo "failed with:$failed"; exit 1; }
