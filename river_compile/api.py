@@ -116,8 +116,7 @@ def export(
     drafts = tuning.drafts if tuning is not None else None
     if drafts is not None:
         onnx_file.note(target, {"river.exact": json.dumps(drafts)})
-    with steps("measure agreement", pieces=True):
-        agreement = _agreement(quality, target, config, progress, notes)
+    agreement = _agreement(quality, target, config, steps, progress, notes)
     seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
         source=label,
@@ -166,7 +165,12 @@ class _Steps:
 
 
 def _agreement(
-    quality: QualityTexts | None, target: Path, config: RiverConfig, progress: Progress, notes: list[str]
+    quality: QualityTexts | None,
+    target: Path,
+    config: RiverConfig,
+    steps: _Steps,
+    progress: Progress,
+    notes: list[str],
 ) -> Agreement | None:
     """What was measured, noted in the model as well; why it was not goes into the notes: the model is written."""
     if quality is None:
@@ -174,7 +178,8 @@ def _agreement(
     from river_compile.exporters.onnx import onnx_file
 
     try:
-        agreement = quality.measured(target, config, progress)
+        with steps("measure agreement", pieces=True):
+            agreement = quality.measured(target, config, progress)
         onnx_file.note(target, {"river.agreement": json.dumps(asdict(agreement))})
     except RiverError as error:
         notes.append(f"agreement not measured: {error}")

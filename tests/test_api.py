@@ -57,7 +57,7 @@ def test_a_folder_is_loaded_and_exported_step_by_step(tmp_path: Path) -> None:
         tmp_path / "m.onnx",
         progress=lambda step, *rest: told.append(step) if step not in told else None,
     )
-    assert told == ["load model", "export to ONNX", "read", "quantize", "write"]
+    assert told == ["load model", "export to ONNX", "read", "quantize", "check", "write"]
     parts = {name: seconds for name, seconds in report.seconds.items() if name != "total"}
     assert list(parts)[:4] == ["load model", "export to ONNX", "read", "find_layers"]
     assert sum(parts.values()) == pytest.approx(report.seconds["total"], rel=0.05)
@@ -70,7 +70,7 @@ def test_progress_is_told_of_every_step(exported: Exported, tmp_path: Path) -> N
     river_compile.export(
         exported("llama"), tmp_path / "m.onnx", progress=lambda step, *rest: told.setdefault(step, []).append(rest)
     )
-    assert list(told) == ["read", "quantize", "write"]
+    assert list(told) == ["read", "quantize", "check", "write"]
     for values in told.values():
         assert values[-1][0] == values[-1][1]
         assert values == sorted(values)

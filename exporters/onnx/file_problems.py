@@ -27,7 +27,6 @@ _MARKS = (
     (4, b"TFL3", "a TensorFlow Lite model"),
     (4, b"ORTM", "a model in ONNX Runtime's own format (.ort)"),
     (0, b"ftrt", "a TensorRT engine"),
-    (0, b"version https://git-lfs", "a Git LFS pointer in place of the file: get the file itself with git lfs pull"),
     (0, b"<!doctype html", "a web page, not what was to be downloaded"),
     (0, b"<html", "a web page, not what was to be downloaded"),
     (0, b"\x1f\x8b", "a gzip archive: unpack it"),

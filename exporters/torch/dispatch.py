@@ -247,11 +247,14 @@ class Dispatcher:
         key = arguments[self._members[0]] if self._members else self
         weights = self._weights_of(arguments)
         served = self._served.get(id(key))
-        if served is None or served.key() is not key:
-            return self._take_on(key, weights, arguments, None)
+        known = served is not None and served.key() is key
+        if served is None or not known:
+            served = self._take_on(key, weights, arguments, None)
         state = served.state
         if not self.is_decode and not state.is_forced:
             state.unverified = True
+        if not known:
+            return served
         if served.epoch != self._weights.store.epoch or served.traces != traces(weights):
             return self._take_on(key, weights, arguments, served)
         if not self._verify(served, weights):

@@ -99,7 +99,7 @@ def test_a_plan_beats_the_same_bits_spent_the_other_way_round(
     measured: Sensitivity, exported: Callable[[str], Path]
 ) -> None:
     from river_compile.exporters.onnx.swap import SwappableModel
-    from river_compile.measure.sensitivity import _kl
+    from river_compile.measure.sensitivity import divergence
 
     ids = [np.array(CHARACTERS.encode(text.text)) for text in _texts()]
     batch = np.stack([text[:64] for text in ids])
@@ -114,7 +114,7 @@ def test_a_plan_beats_the_same_bits_spent_the_other_way_round(
         for linear in model.linears:
             bits = chosen[linear.name]
             weights |= model.quantized(linear, bits) if bits != "float" else {}
-        costs.append(_kl(model.logits(batch), model.logits(batch, weights)))
+        costs.append(divergence(model.logits(batch), model.logits(batch, weights)))
     assert costs[0] < 0.8 * costs[1]
 
 

@@ -74,7 +74,6 @@ def test_not_onnx(tmp_path: Path, content: bytes) -> None:
         (pickle.dumps({"w": [1.0]}), "a pickle"),
         (b"\x1c\x00\x00\x00TFL3" + b"\x00" * 64, "a TensorFlow Lite model"),
         (b"\x20\x00\x00\x00ORTM" + b"\x00" * 64, r"a model in ONNX Runtime's own format \(\.ort\)"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
     ),
 )
