@@ -52,6 +52,9 @@ __all__ = [
 
 Compiled = Callable[..., Any]
 
+GRAPHS = 64
+"""How many graphs of one function exact decoding may compile; Dynamo's own limit is 8."""
+
 
 class RiverBackend(State):
     """A backend for ``torch.compile``, and the state of what is compiled by it.
@@ -478,8 +481,11 @@ def exact(
     shaped = max_depth is not None or tau != RiverConfig.tau
     wants_logits = generation_config.output_logits or generation_config.output_scores
 
+    # Known when the first passes have run, and looked up once: it reads all parameters' names.
+    compiled_with = functools.cache(lambda: _known_states(model)[-1:])
+
     def note(step: Step) -> None:
-        for state in _known_states(model)[-1:]:
+        for state in compiled_with():
             state.exact["rounds"] += 1
             state.exact["drafted"] += step.drafted
             state.exact["accepted"] += step.accepted
@@ -487,25 +493,29 @@ def exact(
             state.exact["drafting"] += round(1e3 * step.draft_seconds)
             state.exact["verifying"] += round(1e3 * step.verify_seconds)
 
-    return generate_exactly(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        model_arguments,
-        exits=forced_exits,
-        has_river=lambda: any(state.river_layers for state in _known_states(model)),
-        experience=lambda: _experience_of(model),
-        drafting=Drafting(
-            tau=tau if shaped else None,
-            max_depth=max_depth if shaped else 0,
-            lookup=config.lookup if lookup is None else lookup,
-            keep_logits=bool(wants_logits and generation_config.return_dict_in_generate),
-        ),
-        streamer=streamer,
-        on_step=note,
+    drafting = Drafting(
+        tau=tau if shaped else None,
+        max_depth=max_depth if shaped else 0,
+        lookup=config.lookup if lookup is None else lookup,
+        keep_logits=bool(wants_logits and generation_config.return_dict_in_generate),
     )
+    # Passes of one row and of several, on a cache that grows and on one that was cut, are more graphs than Dynamo
+    # compiles of one function by itself; past its limit it runs the rest uncompiled, without a river.
+    with torch._dynamo.config.patch(recompile_limit=max(GRAPHS, torch._dynamo.config.recompile_limit)):
+        return generate_exactly(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_arguments,
+            exits=forced_exits,
+            has_river=lambda: any(state.river_layers for state in _known_states(model)),
+            experience=lambda: _experience_of(model),
+            drafting=drafting,
+            streamer=streamer,
+            on_step=note,
+        )
 
 
 _experiences: MutableMapping[State, Experience] = weakref.WeakKeyDictionary()

@@ -124,11 +124,13 @@ class HfPasses(Passes):
         state.read(ids, np.ones_like(ids))
         new = ids.shape[1]
         seen = torch.from_numpy(state.mask).to(self._device)
-        arguments = self._arguments | {"attention_mask": seen}
+        arguments = dict(self._arguments)
+        # Arguments are those of plain decoding wherever they can be: others would be compiled anew.
+        if arguments.get("attention_mask") is not None or not state.mask.all():
+            arguments["attention_mask"] = seen
         arguments.pop("position_ids", None)
         if "logits_to_keep" in arguments:
-            # All of them, by a number that is the same in every pass: another one would be compiled anew.
-            arguments["logits_to_keep"] = 0
+            arguments["logits_to_keep"] = 1 if new == 1 else 0
         if self._has_positions:
             counts = seen.cumsum(1)[:, -new:]
             arguments["position_ids"] = (state.caches["positions"] + counts).to(torch.int64)

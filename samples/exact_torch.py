@@ -1,0 +1,60 @@
+"""Exact decoding in PyTorch: is it exact, and how much faster than the same compiled model without exits?
+
+    python samples/exact_torch.py hf_folder [--dtype bfloat16] [--prompts 12] [--tokens 64]
+
+One model, compiled once with the river; plain decoding and exact decoding take turns, prompt by prompt, greedily, with
+`generate`'s own cache. Prompts are those of `samples/exact.py`, evenly thinned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from exact import prompts
+from transformers import AutoModelForCausalLM
+
+import river_compile
+from river_compile.measure.fidelity import hub_tokenizer
+from river_compile.measure.machine import cpu_name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
+    arguments = parser.parse_args()
+
+    every = prompts(hub_tokenizer(arguments.folder), 40)
+    texts = [torch.tensor([ids]) for ids in every[:: max(1, len(every) // arguments.prompts)]][: arguments.prompts]
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype))
+    settings = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
+    compiled = torch.compile(model.eval(), backend="river", options={"tau": 2.0, "bits": arguments.bits})
+    ways = {"plain": {}, "exact": {"custom_generate": river_compile.exact}}
+    for extra in ways.values():
+        compiled.generate(texts[0], **settings, **extra)
+        compiled.generate(texts[-1], **settings, **extra)
+    river_compile.reset_stats(compiled)
+
+    ratios, differing = [], 0
+    for ids in texts:
+        seconds, tokens = [], []
+        for extra in ways.values():
+            start = time.perf_counter()
+            tokens.append(compiled.generate(ids, **settings, **extra)[0, ids.shape[1] :])
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+        differing += int((tokens[0] != tokens[1]).sum())
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, {arguments.dtype}, {arguments.bits}-bit river")
+    print(f"speed-up: median {statistics.median(ratios):.2f}x, slowest prompt {min(ratios):.2f}x")
+    print(f"{differing} of {arguments.tokens * len(texts)} tokens differ")
+    print(river_compile.stats(compiled).exact)
+
+
+if __name__ == "__main__":
+    main()
