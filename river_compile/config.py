@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from river_compile.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "KV_POLICIES", "PREFILLS", "RiverConfig"]
+__all__ = ["ACTIVATIONS", "BITS", "FLOAT", "GROUP_SIZES", "KV_POLICIES", "NEVER", "PREFILLS", "RiverConfig"]
 
 BITS = (4, 8)
 FLOAT: Literal["float"] = "float"
@@ -21,6 +21,8 @@ GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
 KV_POLICIES = ("share", "propagate", "mask", "recompute", "monotone")
 PREFILLS = ("auto", "river", "backbone")
+NEVER = 2.0
+"""A ``tau`` that no similarity reaches: exits are off."""
 
 
 @dataclass(frozen=True)

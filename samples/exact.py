@@ -70,9 +70,9 @@ class Way:
 
     def add(self, number: int, result: Generation) -> None:
         self.tokens[number] = result.tokens[0]
-        self.seconds[number] = sum(step.seconds for step in result.steps[1:])
+        self.seconds[number] = result.decode_seconds
         self.drafted += result.drafted
-        self.accepted += sum(step.accepted for step in result.steps)
+        self.accepted += result.accepted
         self.near_ties += result.near_ties
 
     def ratios(self, base: Way) -> list[float]:
@@ -157,7 +157,7 @@ def fixed_lengths(
             with fixed_length(river, length):
                 found = river.generate([text], tokens, exact=True, lookup=False)
             acceptance.append(found.acceptance)
-            ratios.append(sum(s.seconds for s in base.steps[1:]) / sum(s.seconds for s in found.steps[1:]))
+            ratios.append(base.decode_seconds / found.decode_seconds)
         points.append((statistics.fmean(acceptance), statistics.median(ratios)))
     return {"lengths": lengths, "points": points, "draft_ms": point.draft_ms, "verify_ms": point.verify_ms}
 

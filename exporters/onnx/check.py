@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from river_compile.config import NEVER
 from river_compile.errors import InputError, PassError
 from river_compile.exporters.onnx.normal_form import without_weights
 from river_compile.exporters.onnx.rewrite import Rewrite
@@ -22,7 +23,6 @@ _Shapes = dict[str, list[int | str | None]]
 
 _TOKENS = 2
 _PASTS = (0, 3)
-_NEVER = 2.0
 _OFF = 1 << 30
 # Shares of the range that results may differ by: the graphs are the same but for norms that were taken apart.
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-4}
@@ -63,7 +63,7 @@ def check_result(written: Path, original: Path, result: Rewrite) -> list[str]:
         return [*notes, f"the result was not run: {error}"]
     try:
         session = _session(written)
-        found = session.run(list(expected), feeds | {TAU: np.array(_NEVER, np.float32), MAX_DEPTH: np.array(_OFF)})
+        found = session.run(list(expected), feeds | {TAU: np.array(NEVER, np.float32), MAX_DEPTH: np.array(_OFF)})
         last = {layer.kind: layer.index for layer in result.anatomy.layers if layer.index in result.river.twins}
         session.run(None, feeds | {MAX_DEPTH: np.array(min(last.values(), default=0))})
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from river_compile.config import NEVER
 from river_compile.errors import InputError, MissingExtra
 from river_compile.exporters.onnx.onnx_file import EXTERNAL_ABOVE
 from river_compile.exporters.onnx.signature import Signature
@@ -81,7 +82,7 @@ class Probe:
 
     def _settings(self) -> dict[str, np.ndarray]:
         overridable = {value.name for value in self._session.get_overridable_initializers()}
-        never = np.array(2.0, np.float32)
+        never = np.array(NEVER, np.float32)
         return {"river.tau": never} if "river.tau" in overridable else {}
 
 

@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER, RiverConfig
 from river_compile.exporters.torch.weights import Store
 
 __all__ = ["GraphFacts", "State", "States", "calling_module", "forced_exits"]
-
-NEVER = 2.0
 
 _forced: ContextVar[tuple[float | None, int | None] | None] = ContextVar("river_forced_exits", default=None)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER, RiverConfig
 from river_compile.measure.fidelity import Document, TextTokenizer, shipped_texts, spread, tokenize
 from river_compile.reports import Agreement
 
@@ -59,7 +59,7 @@ class AgreementTexts:
         backbones, agrees, depths = [], [], []
         for number, ids in enumerate(pieces):
             progress("measure agreement", number, len(pieces))
-            backbones.append(_choices(decoder, ids, prompt, 2.0, decoder.layers)[0])
+            backbones.append(_choices(decoder, ids, prompt, NEVER, decoder.layers)[0])
             chosen, exits = _choices(decoder, ids, prompt)
             agrees.append(chosen == backbones[-1])
             depths += exits

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from river_compile.backend import RiverBackend
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError, MissingExtra
 from river_compile.measure.greedy import PROMPT, decode, load_with_prompt, wait
 from river_compile.measure.startup import Startup, measure_startup
@@ -194,15 +194,14 @@ def bench(
 
 
 def _rows(layers: int, taus: Sequence[float], depths: Sequence[int]) -> list[BenchRow]:
-    never = 2.0
-    rows = [BenchRow("eager"), BenchRow(_REFERENCE), BenchRow("river, exits off", tau=never)]
+    rows = [BenchRow("eager"), BenchRow(_REFERENCE), BenchRow("river, exits off", tau=NEVER)]
     rows += [BenchRow(f"river, tau {tau:g}", tau=tau) for tau in taus]
     rows += [
-        BenchRow(f"river, exit depth {depth}", tau=never, max_depth=depth)
+        BenchRow(f"river, exit depth {depth}", tau=NEVER, max_depth=depth)
         for depth in sorted(set(depths), reverse=True)
         if 0 < depth < layers
     ]
-    return [*rows, BenchRow("all quantized", tau=never, max_depth=0)]
+    return [*rows, BenchRow("all quantized", tau=NEVER, max_depth=0)]
 
 
 def _measure(

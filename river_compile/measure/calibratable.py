@@ -10,12 +10,10 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError
 
-__all__ = ["NEVER", "Calibratable", "OnnxCalibratable", "Thresholds", "TorchCalibratable"]
-
-NEVER = 2.0
+__all__ = ["Calibratable", "OnnxCalibratable", "Thresholds", "TorchCalibratable"]
 
 
 @dataclass(frozen=True)

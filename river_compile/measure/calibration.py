@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from river_compile.config import NEVER
 from river_compile.errors import ConfigError, InputError
-from river_compile.measure.calibratable import NEVER, Calibratable, OnnxCalibratable, Thresholds, TorchCalibratable
+from river_compile.measure.calibratable import Calibratable, OnnxCalibratable, Thresholds, TorchCalibratable
 from river_compile.measure.fidelity import (
     Document,
     TextTokenizer,

@@ -309,11 +309,11 @@ def measure_drafts(
 def fixed_length(decoder: OnnxDecoder, length: int) -> Iterator[None]:
     """Let a decoder draft this many tokens in every round, for a while; batch 1, all-river drafts."""
     before = decoder.experience
-    decoder._experience = Experience(before.tie or 0.0, {(1, True): _Always(Costs(1.0, {1: 1.0}), length)})
+    decoder.experience = Experience(before.tie or 0.0, {(1, True): _Always(Costs(1.0, {1: 1.0}), length)})
     try:
         yield
     finally:
-        decoder._experience = before
+        decoder.experience = before
 
 
 def acceptance_by_place(decoder: OnnxDecoder, prompts: Sequence[Sequence[int]]) -> list[float]:
@@ -354,8 +354,7 @@ def timed_ratio(
     """Speed-up of exact decoding over the plain model for each prompt, interleaved, after one to warm up."""
 
     def seconds(one: OnnxDecoder, prompt: Sequence[int], **how: Any) -> float:
-        result = one.generate([prompt], new_tokens, **how)
-        return sum(step.seconds for step in result.steps[1:])
+        return one.generate([prompt], new_tokens, **how).decode_seconds
 
     seconds(decoder, prompts[0], exact=True, **settings)
     seconds(plain, prompts[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from river_compile.config import NEVER
 from river_compile.measure.fidelity import Interval
 from river_compile.runtime import Generation, OnnxDecoder
 
@@ -23,7 +24,7 @@ class ExactResult:
     Fields:
         documents, tokens: prompts, and tokens that each of both wrote.
         differing: how many of them differ.
-        acceptance: share of drafted tokens that verification kept; NaN if none was drafted.
+        acceptance: share of drafted tokens that verification kept; 0 if none was drafted.
         tokens_per_second: median over prompts.
         ratio: to plain decoding, median over prompts; ``low`` and ``high`` are the slowest and the fastest prompt.
     """
@@ -41,7 +42,7 @@ def measure_exact(
 ) -> ExactResult | None:
     """Go on from the beginnings of texts, int64 [tokens] each; None where no text has a token to begin with, or the
     model cannot verify several tokens at once."""
-    if decoder.tells_last_only or decoder.signature.step is not None:
+    if not decoder.verifies:
         return None
     room = decoder.signature.room
     new_tokens = _NEW_TOKENS if room is None else min(_NEW_TOKENS, room - _PROMPT_TOKENS)
@@ -49,7 +50,7 @@ def measure_exact(
     prompts = [text[:_PROMPT_TOKENS].tolist() for text in chosen if len(text)]
     if not prompts or new_tokens < 2:
         return None
-    never = {"exact": False, "tau": 2.0, "max_depth": decoder.layers}
+    never = {"exact": False, "tau": NEVER, "max_depth": decoder.layers}
     decoder.generate(prompts[:1], 8, exact=True)
     pairs: list[tuple[Generation, Generation]] = []
     for number, prompt in enumerate(prompts):
@@ -57,17 +58,13 @@ def measure_exact(
         plain = decoder.generate([prompt], new_tokens, **never)  # type: ignore[arg-type]
         pairs.append((plain, decoder.generate([prompt], new_tokens, exact=True)))
     progress("decode exactly", len(prompts), len(prompts))
-    ratios = [_seconds(plain) / _seconds(exact) for plain, exact in pairs]
+    ratios = [plain.decode_seconds / exact.decode_seconds for plain, exact in pairs]
     drafted = sum(exact.drafted for _, exact in pairs)
     return ExactResult(
         documents=len(pairs),
         tokens=sum(len(plain.tokens[0]) for plain, _ in pairs),
         differing=sum(a != b for plain, exact in pairs for a, b in zip(plain.tokens[0], exact.tokens[0], strict=True)),
-        acceptance=sum(exact.acceptance * exact.drafted for _, exact in pairs if exact.drafted) / max(drafted, 1),
-        tokens_per_second=statistics.median((new_tokens - 1) / _seconds(exact) for _, exact in pairs),
+        acceptance=sum(exact.accepted for _, exact in pairs) / max(drafted, 1),
+        tokens_per_second=statistics.median((new_tokens - 1) / exact.decode_seconds for _, exact in pairs),
         ratio=Interval(statistics.median(ratios), min(ratios), max(ratios)),
     )
-
-
-def _seconds(result: Generation) -> float:
-    return sum(step.seconds for step in result.steps[1:])

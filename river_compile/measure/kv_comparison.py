@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from river_compile.config import KV_POLICIES
+from river_compile.config import KV_POLICIES, NEVER
 from river_compile.errors import ConfigError
 from river_compile.measure.fidelity import (
     Document,
@@ -31,7 +31,6 @@ __all__ = ["DEFAULT_TAUS", "Comparison", "PolicyPoint", "PolicySetting", "compar
 
 DEFAULT_TAUS = (0.99, 0.98, 0.97, 0.9)
 
-_NEVER = 2.0
 _TIMED_DOCUMENTS, _TIMED_TOKENS = 3, 12
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +41,7 @@ class PolicySetting:
     """A KV policy at a threshold. ``max_depth`` 0 is the fully quantized model, a ``tau`` above 1 the full backbone."""
 
     policy: str
-    tau: float = _NEVER
+    tau: float = NEVER
     max_depth: int | None = None
 
     @property

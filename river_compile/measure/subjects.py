@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
+from river_compile.config import NEVER
 from river_compile.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["BACKBONE", "OnnxSubject", "Reading", "Setting", "Subject", "TorchSubject"]
-
-NEVER = 2.0
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,6 @@ _ELEMENTS = {
     "tensor(float16)": TensorProto.FLOAT16,
     "tensor(bfloat16)": TensorProto.BFLOAT16,
 }
-_ELEMENTS = {
-    "tensor(float)": TensorProto.FLOAT,
-    "tensor(float16)": TensorProto.FLOAT16,
-    "tensor(bfloat16)": TensorProto.BFLOAT16,
-}
 
 
 @dataclass(frozen=True)

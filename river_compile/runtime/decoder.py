@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -21,17 +23,32 @@ __all__ = ["Decoder"]
 class Decoder(Passes):
     """A decoder with a KV cache, and generation on top of its forward passes."""
 
-    @property
-    def defaults(self) -> RiverConfig:
-        """The settings that the model was exported with; those of `RiverConfig` where it does not tell."""
-        return RiverConfig()
+    @abstractmethod
+    def start(self, batch: int) -> State:
+        """The state before the first token: an empty KV cache for ``batch`` sequences."""
+
+    @abstractmethod
+    def check_request(self, batch: int, tokens: int) -> None:
+        """
+        Raises:
+            ConfigError: the model does not take so many sequences, or its cache does not hold so many tokens.
+        """
 
     @property
+    def exported_config(self) -> Mapping[str, Any]:
+        """The settings that the model was exported with, by the fields of `RiverConfig`; as far as it tells."""
+        return {}
+
+    @property
+    def defaults(self) -> RiverConfig:
+        """How `generate` decodes where it is not told: as the model was exported."""
+        noted = self.exported_config
+        return RiverConfig(**{name: noted[name] for name in ("exact", "lookup") if name in noted})
+
+    @cached_property
     def experience(self) -> Experience:
         """What exact mode has learnt of this decoder."""
-        if not hasattr(self, "_experience"):
-            self._experience = Experience()
-        return self._experience
+        return Experience()
 
     def generate(
         self,
@@ -108,8 +125,9 @@ class Decoder(Passes):
         check_request(prompts, max_new_tokens)
         RiverConfig(tau=RiverConfig.tau if tau is None else tau, max_depth=max_depth)
         sampling = Sampling(temperature, top_p, seed, frozenset(stop_tokens))
-        exact = self.defaults.exact if exact is None else exact
-        lookup = self.defaults.lookup if lookup is None else lookup
+        defaults = self.defaults
+        exact = defaults.exact if exact is None else exact
+        lookup = defaults.lookup if lookup is None else lookup
         ids, mask = pad_left(prompts)
         # The last token is chosen and not read.
         self.check_request(len(prompts), ids.shape[1] + max_new_tokens - 1)

@@ -9,7 +9,7 @@ import torch
 
 from river_compile.errors import ConfigError
 
-__all__ = ["back", "cut", "is_static", "mark", "prepare", "room"]
+__all__ = ["back", "cut", "is_static", "mark", "move", "prepare", "room"]
 
 Span = tuple[int, int, int, int]
 
@@ -94,16 +94,21 @@ def cut(cache: Any, spans: Sequence[Span], length: int) -> None:
     """
     if is_static(cache):
         for layer in cache.layers:
-            for row, filling, first, last in spans if layer.is_initialized else ():
-                if filling != first:
-                    for tensor in (layer.keys, layer.values):
-                        tensor[row, :, filling : filling + last - first] = tensor[row, :, first:last].clone()
+            for tensor in (layer.keys, layer.values) if layer.is_initialized else ():
+                move(tensor, spans)
         _, filling, first, last = spans[0]
         _crop(cache, length - (filling + last - first))
         return
     for layer in cache.layers:
         if layer.is_initialized:
             layer.keys, layer.values = (_kept(tensor, spans) for tensor in (layer.keys, layer.values))
+
+
+def move(tensor: torch.Tensor, spans: Sequence[Span]) -> None:
+    """Bring a cache of fixed length, [sequences, heads, slots, head size], to what spans tell, in place."""
+    for row, filling, first, last in spans:
+        if filling != first:
+            tensor[row, :, filling : filling + last - first] = tensor[row, :, first:last].clone()
 
 
 def _kept(tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:

@@ -11,7 +11,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from river_compile.config import NEVER
 from river_compile.errors import ConfigError
+from river_compile.exporters.onnx.kv_cache import CACHE_ARGUMENTS
 from river_compile.runtime import hf_cache
 from river_compile.runtime.exact import Drafting, Experience, exact_steps
 from river_compile.runtime.protocol import Passes, State
@@ -19,12 +21,9 @@ from river_compile.runtime.steps import Step
 
 __all__ = ["Exits", "HfPasses", "generate_exactly"]
 
-NEVER = 2.0
-
 Exits = Callable[[float | None, int | None], AbstractContextManager[None]]
 """Sets tau and the depth limit (None: as they are, and no limit) for the passes within; both None: as they are."""
 
-_CACHE_NAMES = ("cache", "past_key_values")
 # What says something of each token of the prompt; later tokens are as the last one.
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
@@ -42,7 +41,7 @@ class HfPasses(Passes):
     def __init__(self, model: Any, arguments: Mapping[str, Any], exits: Exits, length: int) -> None:
         self._model, self._exits = model, exits
         self._has_river = False
-        self._cache_name = next((name for name in _CACHE_NAMES if arguments.get(name) is not None), "")
+        self._cache_name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), "")
         if not self._cache_name:
             raise ConfigError("exact", "needs a KV cache (use_cache=True)")
         self._arguments = dict(arguments)
@@ -67,12 +66,6 @@ class HfPasses(Passes):
     @property
     def cache(self) -> Any:
         return self._arguments[self._cache_name]
-
-    def start(self, batch: int) -> State:
-        raise NotImplementedError("a generation starts with `prefill`")
-
-    def check_request(self, batch: int, tokens: int) -> None:
-        """`generate` has checked it."""
 
     def prefill(self, ids: torch.Tensor) -> tuple[State, np.ndarray]:
         """Read the prompts, int64 [sequences, tokens], or what of them the cache does not hold yet.
@@ -325,7 +318,7 @@ class _Made:
             sequences=cast(Any, sequences),
             logits=logits if self._config.output_logits else None,
             scores=scores if self._config.output_scores else None,
-            **{next(name for name in _CACHE_NAMES if name in fields): cache},
+            **{next(name for name in CACHE_ARGUMENTS if name in fields): cache},
         )
 
     def _by_step(self, sequences: torch.Tensor, choice: _Processed, length: int) -> tuple[Any, Any]:

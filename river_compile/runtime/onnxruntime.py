@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.onnx.signature import Signature, read_graph
 from river_compile.runtime.cutting import CacheForm, Cutter
@@ -23,7 +23,6 @@ DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 _TAU_OFFSETS = "river.tau_offsets"
-_NEVER = 2.0
 _MISPLANNED = "Shape mismatch attempting to re-use buffer"
 
 
@@ -63,9 +62,9 @@ class OnnxDecoder(Decoder):
         return _TAU in self._overridable
 
     @property
-    def defaults(self) -> RiverConfig:
-        noted = json.loads(self.metadata.get("river.config", "{}"))
-        return RiverConfig(**{name: noted[name] for name in ("exact", "lookup") if name in noted})
+    def exported_config(self) -> Mapping[str, Any]:
+        noted: dict[str, Any] = json.loads(self.metadata.get("river.config", "{}"))
+        return noted
 
     @property
     def verifies(self) -> bool:  # type: ignore[override]
@@ -106,7 +105,7 @@ class OnnxDecoder(Decoder):
         batch = self.signature.batch or 1
         padded, alone = np.tile([[0, 0, 0, 3, 2]], (batch, 1)), np.tile([[3, 2]], (batch, 1))
         mask = np.tile([[0, 0, 0, 1, 1]], (batch, 1))
-        never = 2.0 if self.has_river else None
+        never = NEVER if self.has_river else None
         found, _ = self._pass(padded, self.start(batch), mask, tau=never)
         expected, _ = self._pass(alone, self.start(batch), np.ones_like(alone), tau=never)
         return float(np.abs(found[:, -1] - expected[:, -1]).max()) <= 2e-2 * float(np.ptp(expected[:, -1]))
@@ -197,7 +196,7 @@ class OnnxDecoder(Decoder):
         if not self.has_river:
             return self.forward(ids, state, mask)
         offsets = (0.0,) * (self.layers or 0) if self.has_offsets else None
-        return self.forward(ids, state, mask, _NEVER, self.layers, offsets)
+        return self.forward(ids, state, mask, NEVER, self.layers, offsets)
 
     def check_request(self, batch: int, tokens: int) -> None:
         self.signature.check(batch, tokens)

@@ -71,20 +71,9 @@ class Passes(ABC):
     def has_river(self) -> bool:
         """Whether there is a river, and so exit settings."""
 
-    @abstractmethod
-    def start(self, batch: int) -> State:
-        """The state before the first token: an empty KV cache for ``batch`` sequences."""
-
     def room(self, state: State) -> int | None:
         """How many more tokens a state can take; None: any number."""
         return None
-
-    @abstractmethod
-    def check_request(self, batch: int, tokens: int) -> None:
-        """
-        Raises:
-            ConfigError: the model does not take so many sequences, or its cache does not hold so many tokens.
-        """
 
     @abstractmethod
     def forward(
@@ -99,7 +88,7 @@ class Passes(ABC):
 
         Args:
             ids: int64 [sequences, new].
-            state: of `start`; its KV cache is replaced by one that holds these tokens as well.
+            state: its KV cache is replaced by one that holds these tokens as well.
             mask: int64 [sequences, new], 0 for padding; all real if None.
             tau, max_depth: override the model's defaults for this pass.
 

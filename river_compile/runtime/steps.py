@@ -71,14 +71,24 @@ class Generation:
         return made / running if running else float("nan")
 
     @property
+    def decode_seconds(self) -> float:
+        """Wall time of all steps but prefill."""
+        return sum(step.seconds for step in self.steps[1:])
+
+    @property
     def drafted(self) -> int:
         """Tokens drafted."""
         return sum(step.drafted for step in self.steps)
 
     @property
+    def accepted(self) -> int:
+        """Tokens drafted that verification kept."""
+        return sum(step.accepted for step in self.steps)
+
+    @property
     def acceptance(self) -> float:
         """Share of the drafted tokens that verification kept; NaN if none was drafted."""
-        return sum(step.accepted for step in self.steps) / self.drafted if self.drafted else float("nan")
+        return self.accepted / self.drafted if self.drafted else float("nan")
 
     @property
     def near_ties(self) -> int:

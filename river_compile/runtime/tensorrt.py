@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from river_compile.config import RiverConfig
+from river_compile.config import NEVER
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.tensorrt.engine import EngineInfo
 from river_compile.exporters.tensorrt.runtime import TensorRT, load_runtime
+from river_compile.runtime import hf_cache
 from river_compile.runtime.decoder import Decoder
 from river_compile.runtime.protocol import State
 
 __all__ = ["TensorRTDecoder", "require_gpu"]
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
-_NEVER = 2.0
 
 
 class TensorRTDecoder(Decoder):
@@ -66,9 +66,8 @@ class TensorRTDecoder(Decoder):
         return self.info.river_layers > 0
 
     @property
-    def defaults(self) -> RiverConfig:
-        known = {name: value for name, value in self.info.config.items() if name in ("exact", "lookup")}
-        return RiverConfig(**known)
+    def exported_config(self) -> Mapping[str, Any]:
+        return self.info.config
 
     def start(self, batch: int) -> State:
         """The state before the first token: an empty KV cache for ``batch`` sequences.
@@ -118,7 +117,7 @@ class TensorRTDecoder(Decoder):
 
     def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
         if self.has_river:
-            return self.forward(ids, state, mask, _NEVER, self.layers)
+            return self.forward(ids, state, mask, NEVER, self.layers)
         return self.forward(ids, state, mask)
 
     def check_request(self, batch: int, tokens: int) -> None:
@@ -143,10 +142,8 @@ class TensorRTDecoder(Decoder):
         if not self._full_length:
             raise ConfigError("exact", "this engine's cache is concatenated; build it with --kv-cache static")
         spans = state.spans(forget, rows)
-        for row, filling, first, last in spans:
-            if filling != first:
-                for cache in state.caches.values():
-                    cache[row, :, filling : filling + last - first] = cache[row, :, first:last].clone()
+        for cache in state.caches.values():
+            hf_cache.move(cache, spans)
         state.keep(spans)
 
     def save(self) -> None:

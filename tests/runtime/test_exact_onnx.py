@@ -31,7 +31,7 @@ def eager(decoder: OnnxDecoder, batch: int = 1) -> OnnxDecoder:
     """The decoder, as if drafts cost next to nothing: small models are all overhead, and would not draft at all."""
     costs = Costs(1e-6, {1: 1.0, 9: 1.1})
     sizes = [(count, river) for count in range(1, batch + 1) for river in (True, False)]
-    decoder._experience = Experience(0.0, {size: DraftLength(costs, 8) for size in sizes})
+    decoder.experience = Experience(0.0, {size: DraftLength(costs, 8) for size in sizes})
     decoder.clock = lambda: 0.0
     return decoder
 
