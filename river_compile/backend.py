@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import warnings
@@ -19,10 +20,12 @@ from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch import generate, seam
+from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
+from river_compile.exporters.torch.few_rows import Forms, lower_few_rows
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
-from river_compile.exporters.torch.single_row import lower_single_rows
+from river_compile.exporters.torch.remembered import Remembered
 from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module, forced_exits
 from river_compile.exporters.torch.tuning import Tuned, tune_weights
 from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
@@ -31,6 +34,7 @@ from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
 from river_compile.passes.fx.grow_river import River, grow_river
 from river_compile.passes.fx.insert_exits import insert_exits
+from river_compile.passes.fx.share_head import share_head
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
 from river_compile.passes.quantizer import ActivationAware
@@ -86,6 +90,7 @@ class RiverBackend(State):
         self._recorder, self._lowering, self._compiler = recorder, lowering, compiler
         self._artifacts = Artifacts(compiler or seam.compile_piece)
         self._compile_whole = compiler or seam.compile_whole
+        self._forms = Forms(compiler or seam.compile_piece, _measured)
         self._state_of = state_of or self._own_state
         self._dumped = 0
 
@@ -136,17 +141,17 @@ class RiverBackend(State):
         device, decode, rows = _place_of_work(graph, anatomy)
         lowering = self._lowering or lowering_for(device)
         quantized = Quantized(self.store, lowering, quantizer(self.config.quantizer))
+        weights = GraphWeights(quantized, parameters)
         grown = River()
         if decode or self._wants_river_prefill(rows, lowering):
-            grown = grow_river(graph, anatomy, self.config, GraphWeights(quantized, parameters))
+            grown = grow_river(graph, anatomy, self.config, weights)
             verify(graph, anatomy, ["find_layers", "grow_river"], grown)
         plan = share_kv(graph, anatomy, grown)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
         points = insert_exits(graph, anatomy, plan, self.config)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
-        if device.type == "cpu" and rows == 1:
-            for piece in (*plan.pieces, *(twin.river for twin in plan.twins.values())):
-                lower_single_rows(piece, list(parameters))
+        share_head(graph, plan, self._head_config, weights)
+        self._lower(plan, parameters, device, rows)
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._dumped)
             self._dumped += 1
@@ -161,13 +166,31 @@ class RiverBackend(State):
         facts.seconds = time.perf_counter() - started
         return dispatcher
 
+    def _lower(
+        self, plan: Plan, parameters: Mapping[str, torch.Tensor], device: torch.device, rows: int | None
+    ) -> None:
+        """Write the backbone's operations as this machine runs them fastest, and if that costs little such that a row
+        does not depend on how many are beside it."""
+        if device.type != "cpu":
+            return
+        pieces = [*plan.pieces, *(twin.river for twin in plan.twins.values())]
+        pieces += [plan.exit_suffix] if plan.exit_suffix else []
+        lower_few_rows(pieces, parameters, rows, self._forms)
+        if rows != 1:
+            for piece in pieces:
+                lower_attention(piece)
+
+    @property
+    def _head_config(self) -> RiverConfig:
+        """Where the river only drafts, its head may be rounded: eight bits are hardly ever refused."""
+        drafts = self.config.exact and self.config.head_bits == FLOAT
+        return dataclasses.replace(self.config, head_bits=8) if drafts else self.config
+
     def _check(self, layers: int) -> None:
         if self.config.kv_policy != "share":
             raise ConfigError(
                 "kv_policy", f"this backend shares its KV cache; {self.config.kv_policy!r} is to compare with"
             )
-        if self.config.head_bits != FLOAT:
-            raise ConfigError("head_bits", "this backend leaves the LM head in the model's float type")
         offsets = self.config.tau_offsets
         if offsets and len(offsets) != layers:
             raise ConfigError("tau_offsets", f"{len(offsets)} numbers for a stack of {layers} layers")
@@ -243,6 +266,7 @@ def _dump(config: RiverConfig, graph: FxGraph, plan: Plan, number: int) -> None:
     (config.dump_dir / f"graph_{number}.txt").write_text("\n\n".join(parts))
 
 
+_measured = Remembered()
 _tuned = Tuned()
 _store = Store(_tuned)
 _states = States()
@@ -502,7 +526,7 @@ def exact(
     # Passes of one row and of several, on a cache that grows and on one that was cut, are more graphs than Dynamo
     # compiles of one function by itself; past its limit it runs the rest uncompiled, without a river.
     with torch._dynamo.config.patch(recompile_limit=max(GRAPHS, torch._dynamo.config.recompile_limit)):
-        return generate_exactly(
+        made = generate_exactly(
             model,
             input_ids,
             logits_processor,
@@ -516,6 +540,20 @@ def exact(
             streamer=streamer,
             on_step=note,
         )
+    _tell_if_plain(model, bool(generation_config.do_sample))
+    return made
+
+
+def _tell_if_plain(model: torch.nn.Module, sampled: bool) -> None:
+    """Say it once where nothing was drafted, since the tokens could not be promised."""
+    experience, dtype = _experience_of(model), getattr(model, "dtype", torch.float32)
+    if sampled or not experience.tie or dtype not in (torch.bfloat16, torch.float16):
+        return
+    why = f"decoded plainly: in {dtype} passes of several tokens round otherwise than passes of one here"
+    for state in _known_states(model)[-1:]:
+        if why not in state.notes:
+            state.notes[why] = None
+            warnings.warn(f"exact: {why}", stacklevel=3)
 
 
 _experiences: MutableMapping[State, Experience] = weakref.WeakKeyDictionary()

@@ -2,13 +2,14 @@
 
     python samples/exact_torch.py hf_folder [--dtype bfloat16] [--prompts 12] [--tokens 64]
 
-One model, compiled once with the river; plain decoding and exact decoding take turns, prompt by prompt, greedily, with
-`generate`'s own cache. Prompts are those of `samples/exact.py`, evenly thinned.
+Plain decoding (a river with exits off), exact decoding and the model compiled by Inductor take turns, prompt by prompt,
+greedily, with `generate`'s own cache. Prompts are those of `samples/exact.py`, evenly thinned.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 
@@ -34,26 +35,33 @@ def main() -> None:
     texts = [torch.tensor([ids]) for ids in every[:: max(1, len(every) // arguments.prompts)]][: arguments.prompts]
     model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype))
     settings = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
-    compiled = torch.compile(model.eval(), backend="river", options={"tau": 2.0, "bits": arguments.bits})
-    ways = {"plain": {}, "exact": {"custom_generate": river_compile.exact}}
-    for extra in ways.values():
-        compiled.generate(texts[0], **settings, **extra)
-        compiled.generate(texts[-1], **settings, **extra)
-    river_compile.reset_stats(compiled)
+    model.eval()
+    options = {"bits": arguments.bits}
+    ways = {
+        "plain": torch.compile(model, backend="river", options={**options, "tau": 2.0}),
+        "exact": torch.compile(model, backend="river", options={**options, "exact": True}),
+        "inductor": torch.compile(copy.deepcopy(model)),
+    }
+    for compiled in ways.values():
+        for ids in (texts[0], texts[-1]):
+            compiled.generate(ids, **settings)
+    river_compile.reset_stats(ways["exact"])
 
-    ratios, differing = [], 0
+    ratios, of_inductor, differing = [], [], 0
     for ids in texts:
-        seconds, tokens = [], []
-        for extra in ways.values():
+        seconds, tokens = {}, {}
+        for name, compiled in ways.items():
             start = time.perf_counter()
-            tokens.append(compiled.generate(ids, **settings, **extra)[0, ids.shape[1] :])
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[0] / seconds[1])
-        differing += int((tokens[0] != tokens[1]).sum())
+            tokens[name] = compiled.generate(ids, **settings)[0, ids.shape[1] :]
+            seconds[name] = time.perf_counter() - start
+        ratios.append(seconds["plain"] / seconds["exact"])
+        of_inductor.append(seconds["inductor"] / seconds["exact"])
+        differing += int((tokens["plain"] != tokens["exact"]).sum())
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, {arguments.dtype}, {arguments.bits}-bit river")
     print(f"speed-up: median {statistics.median(ratios):.2f}x, slowest prompt {min(ratios):.2f}x")
+    print(f"over Inductor: median {statistics.median(of_inductor):.2f}x, slowest prompt {min(of_inductor):.2f}x")
     print(f"{differing} of {arguments.tokens * len(texts)} tokens differ")
-    print(river_compile.stats(compiled).exact)
+    print(river_compile.stats(ways["exact"]).exact)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -109,6 +109,9 @@ class _Segment:
                 values[place] = result
 
 
+_Placed = tuple[Product, tuple[int, ...]]
+
+
 @dataclass
 class _Layer:
     """A layer's two calls. ``similarity`` is the place of the similarity, None where no exit is decided; ``products``
@@ -117,7 +120,7 @@ class _Layer:
     backbone: _Call
     river: _Call | None = None
     similarity: int | None = None
-    products: dict[tuple[int, ...], tuple[Product, tuple[int, ...]]] = field(default_factory=dict)
+    products: dict[tuple[int, ...], _Placed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,13 +191,17 @@ class Dispatcher:
             self._layer(piece, plan.twins.get(index), index, artifacts) for index, piece in enumerate(plan.layers)
         ]
         suffix = (self._call(plan.suffix, artifacts),) if plan.suffix else ()
+        exit_suffix = (self._call(plan.exit_suffix, artifacts),) if plan.exit_suffix else suffix
+        self._products = dict(self._placed(plan.exit_products))
         self._output = graph.output.args[0]
         self._returned = _flat_places(self._output, self._places)
         self._blank: list[Any] = [None] * (len(self._places) - self._inputs)
-        self._program = self._cut(graph, prefix, suffix)
+        self._program = self._cut(graph, prefix, suffix, exit_suffix)
         members = [name for piece in plan.layers for name in piece.inputs if name in graph.weights]
         self._members = tuple(self._places[name] for name in dict.fromkeys(members))
-        river = (places for layer in self._layers for _, places in layer.products.values())
+        for layer in self._layers:
+            self._products |= layer.products
+        river = (places for _, places in self._products.values())
         self._river_weights = tuple(dict.fromkeys(place for places in river for place in places))
         self._weights_of = _getter(self._river_weights)
         self._served: dict[int, _Served] = {}
@@ -202,7 +209,7 @@ class Dispatcher:
         self._lock = threading.RLock()
         self._turn = count()
         layers = (call for layer in self._layers for call in (layer.backbone, layer.river) if call is not None)
-        facts.artifacts = frozenset(id(call.run) for call in (*prefix, *layers, *suffix))
+        facts.artifacts = frozenset(id(call.run) for call in (*prefix, *layers, *suffix, *exit_suffix))
         self._facts = facts
 
     def __call__(self, *arguments: Any) -> Any:
@@ -311,15 +318,16 @@ class Dispatcher:
 
     def _operands(self, arguments: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor]]:
         """The river's operands and their places, for the weights among the arguments."""
-        for layer in self._layers:
-            for places, (product, weights) in layer.products.items():
-                yield from zip(places, self._weights.of([arguments[i] for i in weights], product), strict=True)
+        for places, (product, weights) in self._products.items():
+            yield from zip(places, self._weights.of([arguments[i] for i in weights], product), strict=True)
 
     def _new_recordings(self, state: State) -> Recordings:
         assert self._recorder is not None
         return Recordings(self._program, self._recorder, self._device, state.unrecorded)
 
-    def _cut(self, graph: FxGraph, prefix: tuple[_Call, ...], suffix: tuple[_Call, ...]) -> Program:
+    def _cut(
+        self, graph: FxGraph, prefix: tuple[_Call, ...], suffix: tuple[_Call, ...], exit_suffix: tuple[_Call, ...]
+    ) -> Program:
         """The program; a piece that is compiled once stands in as many segments as there are ways to come to it."""
         count = len(self._layers)
         returned = tuple(dict.fromkeys(self._places[node.name] for node in graph.results))
@@ -329,7 +337,7 @@ class Dispatcher:
             heads.append(_Segment(calls, tuple(place for call in calls for place in call.results)))
         for depth in range(count + 1):
             river = [layer.river or layer.backbone for layer in self._layers[depth:]]
-            calls = (*(prefix if depth == 0 else ()), *river, *suffix)
+            calls = (*(prefix if depth == 0 else ()), *river, *(suffix if depth == count else exit_suffix))
             written = {place for call in calls for place in call.results}
             tails.append(_Segment(calls, tuple(place for place in returned if place in written)))
         written_names = written_inputs(graph)
@@ -352,10 +360,13 @@ class Dispatcher:
         if twin is None:
             return layer
         layer.river = self._call(twin.river, artifacts)
-        for names, product in twin.products.items():
-            parameters = tuple(self._places[linear.weight] for linear in product.linears)
-            layer.products[tuple(self._places[name] for name in names)] = (product, parameters)
+        layer.products |= self._placed(twin.products)
         return layer
+
+    def _placed(self, products: Mapping[tuple[str, ...], Product]) -> Iterator[tuple[tuple[int, ...], _Placed]]:
+        for names, product in products.items():
+            parameters = tuple(self._places[linear.weight] for linear in product.linears)
+            yield tuple(self._places[name] for name in names), (product, parameters)
 
 
 def _forgetter(served: dict[int, _Served], key: int) -> Callable[[Any], None]:

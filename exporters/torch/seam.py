@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +26,11 @@ from river_compile.errors import RiverError
 __all__ = [
     "UnsupportedTorch",
     "as_it_is_now",
+    "cache_folder",
     "compile_piece",
     "compile_whole",
+    "define_operator",
+    "describe_machine",
     "describe_modes",
     "describe_symbol",
     "dynamo_error",
@@ -117,6 +123,41 @@ def compile_whole(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
 
     compiled: Any = compile_fx(module, list(inputs))
     return compiled  # type: ignore[no-any-return]
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it has compiled."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        raise UnsupportedTorch("torch._inductor.runtime.cache_dir_utils.cache_dir") from None
+    return Path(cache_dir())
+
+
+def describe_machine() -> str:
+    """The CPU and the torch that measurements hold for."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    level = torch.backends.cpu.get_cpu_capability()
+    return repr((torch.__version__, platform.machine(), os.cpu_count(), level, sorted(map(str, capabilities.items()))))
+
+
+_library: list[Any] = []
+
+
+def define_operator(schema: str, function: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor]) -> None:
+    """Define an operator of this package that a compiler calls as it is: what it does depends on the sizes at hand.
+
+    Args:
+        schema: as ``torch.library.define`` takes it; the operator is ``torch.ops.river_compile.<name>``.
+        function: computes a new tensor of operands it does not change, on any device.
+        shape: an empty tensor like the result.
+    """
+    if not _library:
+        _library.append(torch.library.Library("river_compile", "FRAGMENT"))
+    name = schema.partition("(")[0]
+    _library[0].define(schema)
+    _library[0].impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"river_compile::{name}", shape, lib=_library[0])
 
 
 def dynamo_error() -> type[Exception]:

@@ -17,7 +17,7 @@ from river_compile.passes.fx.linear import Linear, find_linears, module_name
 from river_compile.passes.fx.pieces import Piece, cut_piece
 from river_compile.passes.quantizer import fitting_group
 
-__all__ = ["Product", "River", "RiverLinear", "RiverWeights", "Twin", "grow_river", "layer_piece"]
+__all__ = ["Product", "River", "RiverLinear", "RiverWeights", "Twin", "grow_river", "layer_piece", "quantize_piece"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class River:
 def grow_river(graph: FxGraph, anatomy: Anatomy, config: RiverConfig, weights: RiverWeights) -> River:
     """Make the river: for every decoder layer a copy of its nodes in which each linear layer is quantized.
 
-    Norms, embeddings and LM head stay as they are (paper, section 3).
+    Norms, embeddings and LM head stay as they are (paper, section 3); `share_head` may give the head a twin.
 
     Requires: an anatomy of this very graph.
     Ensures: the graph is unchanged; a twin's two pieces yield the same values; the river piece reads none of the
@@ -118,14 +118,14 @@ def grow_river(graph: FxGraph, anatomy: Anatomy, config: RiverConfig, weights: R
         backbone = layer_piece(graph, layer)
         body = layer_piece(graph, layer)
         linears = find_linears(body, graph.weights, names, f"layers.{layer.index}")
-        planned = [(_plan(linear, layer, config), linear) for linear in linears]
+        planned = [(_plan(linear, layer.index, _bits(linear, layer, config), config), linear) for linear in linears]
         if layer.index in kept:
             river.kept[layer.index] = "asked for"
         elif all(plan.bits is None for plan, _ in planned):
             river.kept[layer.index] = "it has no linear layer with a float parameter that can be quantized"
         else:
             river.linears += [plan for plan, _ in planned]
-            river.twins[layer.index] = _twin(layer, backbone, body, planned, weights)
+            river.twins[layer.index] = Twin(layer, backbone, *_quantized(body, planned, weights))
     if not river.twins and len(kept) < len(anatomy.layers):
         raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
     return river
@@ -140,8 +140,28 @@ def layer_piece(graph: FxGraph, layer: Layer) -> Piece:
     return cut_piece(graph, nodes, outputs)
 
 
-def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
-    bits: int | None = config.bits_of(linear.name, linear.weight, f"layers.{layer.index}")
+def quantize_piece(
+    graph: FxGraph, piece: Piece, bits: int, config: RiverConfig, weights: RiverWeights
+) -> tuple[Piece, dict[tuple[str, ...], Product]] | None:
+    """A piece outside the layers with its products quantized, and these by the names of the values that they add to
+    its inputs; None if it has none that can be.
+
+    Args:
+        piece: it is consumed.
+    """
+    names = {node.name: name for node in graph.steps if (name := module_name(node))}
+    linears = find_linears(piece, graph.weights, names, "lm_head")
+    planned = [(_plan(linear, -1, bits, config), linear) for linear in linears]
+    if all(plan.bits is None for plan, _ in planned):
+        return None
+    return _quantized(piece, planned, weights)
+
+
+def _bits(linear: Linear, layer: Layer, config: RiverConfig) -> int | None:
+    return config.bits_of(linear.name, linear.weight, f"layers.{layer.index}")
+
+
+def _plan(linear: Linear, layer: int, bits: int | None, config: RiverConfig) -> RiverLinear:
     group_size = fitting_group(linear.inputs, config.group_size)
     note = ""
     if group_size is None:
@@ -150,7 +170,7 @@ def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
         note = f"group size {group_size}, as {config.group_size} does not divide"
     return RiverLinear(
         linear.name,
-        layer.index,
+        layer,
         linear.weight,
         linear.transposed,
         linear.inputs,
@@ -161,14 +181,10 @@ def _plan(linear: Linear, layer: Layer, config: RiverConfig) -> RiverLinear:
     )
 
 
-def _twin(
-    layer: Layer,
-    backbone: Piece,
-    body: Piece,
-    planned: Sequence[tuple[RiverLinear, Linear]],
-    weights: RiverWeights,
-) -> Twin:
-    """The twin made of ``body``, a copy of the backbone's piece."""
+def _quantized(
+    body: Piece, planned: Sequence[tuple[RiverLinear, Linear]], weights: RiverWeights
+) -> tuple[Piece, dict[tuple[str, ...], Product]]:
+    """``body``, a copy of the backbone's piece, with quantized products, and these by the inputs that they add."""
     groups: dict[tuple[Any, ...], list[tuple[RiverLinear, Linear]]] = {}
     for plan, linear in planned:
         if plan.bits is not None:
@@ -192,7 +208,7 @@ def _twin(
         if name not in quantized or _still_read(node)
     ]
     body.graph.lint()
-    return Twin(layer, backbone, Piece(body.graph, body.held, tuple(kept_inputs), body.outputs), products)
+    return Piece(body.graph, body.held, tuple(kept_inputs), body.outputs), products
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

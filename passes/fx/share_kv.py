@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.graph import FxGraph
-from river_compile.passes.fx.grow_river import River, Twin
+from river_compile.passes.fx.grow_river import Product, River, Twin
 from river_compile.passes.fx.pieces import Piece, cut_piece
 
 __all__ = ["Plan", "share_kv"]
@@ -20,12 +20,16 @@ class Plan:
         prefix, suffix: what lies before the first and after the last decoder layer; None where there is nothing.
         layers: the backbone's piece of each layer.
         twins: the two pieces of each layer that has a river, by its index.
+        exit_suffix: what takes the place of the suffix after an exit, if something does.
+        exit_products: its quantized products, by the names of the values that they add to its inputs.
     """
 
     prefix: Piece | None
     layers: list[Piece]
     twins: dict[int, Twin]
     suffix: Piece | None
+    exit_suffix: Piece | None = None
+    exit_products: dict[tuple[str, ...], Product] = field(default_factory=dict)
 
     @property
     def pieces(self) -> list[Piece]:

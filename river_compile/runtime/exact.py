@@ -2,13 +2,14 @@
 
 A round drafts tokens by the river into a copy of the state, then runs the last token and the drafts through the
 backbone in one pass, which writes their K and V at the same addresses, and forgets what was rejected. So the cache
-holds the backbone's own keys and values, and errors do not add up.
+holds the backbone's own keys and values, and errors do not add up. Where the numbers are so coarse that the rounding of
+passes of several rows could turn greedy choices all the same, nothing is drafted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -104,6 +105,10 @@ def exact_steps(
         return
     sequences = _go_on(passes, state, sequences, [0] * len(sequences))
     length = _length(passes, state, sequences, drafting, experience, min(_MEASURED_ROWS, max_new_tokens))
+    if passes.coarse and choice.greedy and experience.tie:
+        drafting = replace(drafting, river=False, lookup=False)
+        for sequence in sequences:
+            sequence.lookup = None
     decided = True
     while any(sequence.left for sequence in sequences):
         started = passes.clock()

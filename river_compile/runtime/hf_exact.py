@@ -50,6 +50,7 @@ class HfPasses(Passes):
         self._takes = inspect.signature(model.prepare_inputs_for_generation).parameters
         self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._device = model.device
+        self.coarse = model.dtype in (torch.bfloat16, torch.float16)
 
     @property
     def has_river(self) -> bool:

@@ -58,12 +58,14 @@ class Passes(ABC):
 
     ``clock`` tells seconds: what passes cost is measured by it. ``fixed_batch``: no sequence can leave a state.
     ``ragged``: sequences of a state may differ in length, the shorter ones padded on the left. ``verifies``: a pass of
-    several tokens gives logits for each.
+    several tokens gives logits for each. ``coarse``: keys and values have so few digits that their rounding, where
+    passes of several rows round otherwise than those of one, can turn later choices.
     """
 
     fixed_batch: bool = False
     ragged: bool = True
     verifies: bool = True
+    coarse: bool = False
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     @property
