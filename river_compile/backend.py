@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 import weakref
@@ -22,7 +23,7 @@ from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch import generate, seam
 from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
-from river_compile.exporters.torch.few_rows import Forms, lower_few_rows
+from river_compile.exporters.torch.few_rows import MOST, Forms, lower_few_rows
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.remembered import Remembered
@@ -55,6 +56,9 @@ __all__ = [
 ]
 
 Compiled = Callable[..., Any]
+
+SHORT = (torch.bfloat16, torch.float16)
+"""Types in which the order of a sum shows in later tokens."""
 
 GRAPHS = 64
 """How many graphs of one function exact decoding may compile; Dynamo's own limit is 8."""
@@ -167,15 +171,17 @@ class RiverBackend(State):
         return dispatcher
 
     def _lower(
-        self, plan: Plan, parameters: Mapping[str, torch.Tensor], device: torch.device, rows: int | None
+        self, plan: Plan, parameters: Mapping[str, torch.Tensor], device: torch.device, rows: int | torch.SymInt
     ) -> None:
         """Write the backbone's operations as this machine runs them fastest, and if that costs little such that a row
         does not depend on how many are beside it."""
-        if device.type != "cpu":
-            return
         pieces = [*plan.pieces, *(twin.river for twin in plan.twins.values())]
         pieces += [plan.exit_suffix] if plan.exit_suffix else []
-        lower_few_rows(pieces, parameters, rows, self._forms)
+        if device.type != "cpu" or not any(value.dtype in SHORT for value in parameters.values()):
+            return
+        # A graph that serves several numbers of rows serves few or many: asking makes it a condition of its use.
+        if rows == 1 or bool(rows <= MOST):
+            lower_few_rows(pieces, parameters, rows if isinstance(rows, int) else None, self._forms)
         if rows != 1:
             for piece in pieces:
                 lower_attention(piece)
@@ -209,9 +215,9 @@ class RiverBackend(State):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
         return import_graph(module, list(parameters)), parameters
 
-    def _wants_river_prefill(self, rows: int | None, lowering: Lowering) -> bool:
+    def _wants_river_prefill(self, rows: int | torch.SymInt, lowering: Lowering) -> bool:
         if self.config.prefill == "auto":
-            return rows is not None and rows <= lowering.max_rows
+            return isinstance(rows, int) and rows <= lowering.max_rows
         return self.config.prefill == "river"
 
     def _recorder_for(self, device: torch.device, notes: list[str]) -> Callable[[], Recorder] | None:
@@ -247,11 +253,10 @@ def _raising(error: RiverError) -> Compiled:
     return fail
 
 
-def _place_of_work(graph: FxGraph, anatomy: Anatomy) -> tuple[torch.device, bool, int | None]:
-    """The device, whether each sequence has one token only, and the rows of the hidden state (None: not fixed)."""
+def _place_of_work(graph: FxGraph, anatomy: Anatomy) -> tuple[torch.device, bool, int | torch.SymInt]:
+    """The device, whether each sequence has one token only, and the rows of the hidden state."""
     state = next(value_of(node) for node in graph.steps if node.name == anatomy.layers[0].hidden_out)
-    sizes = state.shape[:-1]
-    rows = None if any(isinstance(size, torch.SymInt) for size in sizes) else int(torch.Size(sizes).numel())
+    rows: int | torch.SymInt = math.prod(state.shape[:-1])
     return state.device, state.dim() == 3 and state.shape[1] == 1, rows
 
 
@@ -414,7 +419,7 @@ def _stats(states: Sequence[State]) -> Stats:
     """What was compiled for some states of one model, and done."""
     parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
     replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
-    decode, prefill, fallbacks = Counter[int](), Counter[int](), Counter[str]()
+    decode, prefill, fallbacks, exact = Counter[int](), Counter[int](), Counter[str](), Counter[str]()
     notes: dict[str, None] = {}
     for state in states:
         for parameter in list(state.parameters.keys()):
@@ -424,6 +429,8 @@ def _stats(states: Sequence[State]) -> Stats:
         decode += state.decode_depths
         prefill += state.prefill_depths
         fallbacks += state.fallbacks
+        # Addition would drop what is 0.
+        exact.update(state.exact)
         notes |= state.notes
         unrecorded = (f"runs without CUDA graphs, {n} graphs: {why}" for why, n in state.unrecorded.items())
         notes |= dict.fromkeys(unrecorded)
@@ -440,7 +447,7 @@ def _stats(states: Sequence[State]) -> Stats:
         river_bytes=states[-1].store.nbytes(list(parameters.keys())),
         notes=tuple(notes),
         fallbacks=dict(fallbacks),
-        exact=dict(sum((state.exact for state in states), Counter())),
+        exact=dict(exact),
     )
 
 
@@ -499,14 +506,16 @@ def exact(
     from river_compile.runtime.hf_exact import generate_exactly
 
     model_arguments.pop("synced_gpus", None)
-    states = _known_states(model)
-    config = states[-1].config if states else RiverConfig()
+    under_way = generate.under_way()
+    compiled = model if under_way is None else under_way
+    states = _known_states(compiled)
+    config = states[-1].config if states else _config_of(compiled)
     tau, max_depth = (states[-1].tau, states[-1].max_depth) if states else (config.tau, config.max_depth)
     shaped = max_depth is not None or tau != RiverConfig.tau
     wants_logits = generation_config.output_logits or generation_config.output_scores
 
     # Known when the first passes have run, and looked up once: it reads all parameters' names.
-    compiled_with = functools.cache(lambda: _known_states(model)[-1:])
+    compiled_with = functools.cache(lambda: _known_states(compiled)[-1:])
 
     def note(step: Step) -> None:
         for state in compiled_with():
@@ -534,26 +543,34 @@ def exact(
             generation_config,
             model_arguments,
             exits=forced_exits,
-            has_river=lambda: any(state.river_layers for state in _known_states(model)),
-            experience=lambda: _experience_of(model),
+            has_river=lambda: any(state.river_layers for state in _known_states(compiled)),
+            experience=lambda: _experience_of(compiled),
             drafting=drafting,
             streamer=streamer,
             on_step=note,
         )
-    _tell_if_plain(model, bool(generation_config.do_sample))
+    _tell_if_plain(compiled, bool(generation_config.do_sample))
     return made
 
 
 def _tell_if_plain(model: torch.nn.Module, sampled: bool) -> None:
     """Say it once where nothing was drafted, since the tokens could not be promised."""
     experience, dtype = _experience_of(model), getattr(model, "dtype", torch.float32)
-    if sampled or not experience.tie or dtype not in (torch.bfloat16, torch.float16):
+    if sampled or not experience.tie or dtype not in SHORT:
         return
     why = f"decoded plainly: in {dtype} passes of several tokens round otherwise than passes of one here"
     for state in _known_states(model)[-1:]:
         if why not in state.notes:
             state.notes[why] = None
             warnings.warn(f"exact: {why}", stacklevel=3)
+
+
+def _config_of(module: Any) -> RiverConfig:
+    """What a module was compiled with, the defaults if it was not."""
+    own = generate.backend_of(module)
+    if isinstance(own, RiverBackend):
+        return own.config
+    return RiverConfig.from_options(generate.options_of(module))
 
 
 _experiences: MutableMapping[State, Experience] = weakref.WeakKeyDictionary()
@@ -566,10 +583,7 @@ def _experience_of(model: torch.nn.Module) -> Experience:
 
 def _generate_exactly(module: Any, name: str, settings: dict[str, Any]) -> None:
     """Let ``generate`` of a model compiled with ``exact`` decode exactly."""
-    own = generate.backend_of(module)
-    options = generate.options_of(module)
-    config = own.config if isinstance(own, RiverBackend) else RiverConfig.from_options(options)
-    if name == "generate" and config.exact and settings.get("custom_generate") is None:
+    if name == "generate" and _config_of(module).exact and settings.get("custom_generate") is None:
         settings["custom_generate"] = functools.partial(exact, streamer=settings.pop("streamer", None))
 
 

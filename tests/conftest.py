@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,13 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Nor is it looked through at the end, which takes longer than xdist waits for its workers."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in a test, on pieces that are not compiled for the most part, is not kept for the user."""
+    if "river_compile.backend" in sys.modules:
+        monkeypatch.setattr("river_compile.backend._measured", {})
 
 
 class Exported(Protocol):

@@ -108,17 +108,17 @@ def with_river_from(model: Any, depth: int, bits: int = 4, group_size: int = 32)
         for module in layer.modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, Conv1D):
-                weight.copy_(_rounded(weight.T, bits, group_size).T)
+                weight.copy_(rounded(weight.T, bits, group_size).T)
             # A router of experts has a matrix without being a torch.nn.Linear.
             elif isinstance(weight, torch.nn.Parameter) and weight.dim() == 2:
-                weight.copy_(_rounded(weight, bits, group_size))
+                weight.copy_(rounded(weight, bits, group_size))
     return judge
 
 
-def _rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
+def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     groups = weight.float().reshape(weight.shape[0], -1, group_size)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    step = (high - low) / (2**bits - 1)
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
     zero = (-low / step).round()
     return (((groups / step + zero).round().clamp(0, 2**bits - 1) - zero) * step).reshape(weight.shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ def _is_of_few_rows(node: fx.Node) -> bool:
 def _grows(key: fx.Node) -> bool:
     """Whether the keys of this pass's tokens were put behind the cached ones, so that the last keys are theirs."""
     while key.op in ("call_function", "call_method") and operation(key) in _MOVES:
-        key = key.args[0]
+        inner = key.args[0]
+        if not isinstance(inner, fx.Node):
+            return False
+        key = inner
     return key.op == "call_function" and operation(key) == "cat"
 
 
@@ -100,17 +104,22 @@ def _attend_by_row(
     # Nothing is left out where a row sees those behind it.
     grows = plain or (grows and first > 0 and not bool(_seen(mask[..., 0, first:]).any()))
     parts = []
-    for row in range(rows):
+    for row, one in enumerate(torch.split(query, 1, -2)):
         end = first + row if grows else keys
-        operands = (query[..., row : row + 1, :], key[..., :end, :], value[..., :end, :])
         mine = None if plain else _unless_all_seen(mask[..., row : row + 1, :end])
+        operands = (one, key.narrow(-2, 0, end), value.narrow(-2, 0, end))
         parts.append(functional.scaled_dot_product_attention(*operands, mine, **settings))
     return torch.cat(parts, -2)
 
 
 def _is_causal(mask: torch.Tensor, rows: int, keys: int) -> bool:
-    seen = torch.ones((rows, keys), dtype=torch.bool, device=mask.device).tril_(keys - rows)
-    return torch.equal(mask.reshape(rows, keys), seen)
+    return torch.equal(mask.reshape(rows, keys), _causal(rows, keys, mask.device))
+
+
+@functools.lru_cache(maxsize=1)
+def _causal(rows: int, keys: int, device: torch.device) -> torch.Tensor:
+    """All layers of a pass have the same."""
+    return torch.ones((rows, keys), dtype=torch.bool, device=device).tril_(keys - rows)
 
 
 def _unless_all_seen(mask: torch.Tensor) -> torch.Tensor | None:

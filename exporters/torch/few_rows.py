@@ -8,7 +8,6 @@ however many rows are computed beside it. Exact decoding lives on that.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -23,19 +22,16 @@ from river_compile.passes.fx.graph import value_of
 from river_compile.passes.fx.linear import Linear, find_linears
 from river_compile.passes.fx.pieces import Piece
 
-__all__ = ["COLUMNS", "MOST", "Forms", "Times", "by_loop", "by_weight", "few_rows", "lower_few_rows", "single_row"]
+__all__ = ["MOST", "Forms", "Times", "by_loop", "few_rows", "lower_few_rows", "single_row"]
 
 MOST = 16
 """Rows up to which a product counts as one of few rows."""
-COLUMNS = {"cpu": 2}
-"""By device, how many columns a product with the weight first has at least; `MOST` elsewhere, since a GPU's library
-takes another kernel for each number."""
 WORTH = 0.25
 """What part more time passes may take so that a row comes out the same however many are computed beside it: then exact
 decoding says what plain decoding says."""
 
 _FEW = 4
-_ROUNDS, _TIMED, _JOINED, _SECONDS = 3, 12, 4, 0.05
+_ROUNDS, _TIMED, _JOINED = 4, 12, 4
 
 
 @dataclass(frozen=True)
@@ -71,17 +67,17 @@ class Forms:
         return self._known[key]
 
     def _measure(self, weights: Sequence[torch.Tensor]) -> Times:
-        inputs, columns = weights[0].shape[1], COLUMNS.get(weights[0].device.type, MOST)
-        row, rows, same = (weights[0].new_ones((count, inputs)) for count in (1, _FEW, columns))
+        inputs = weights[0].shape[1]
+        row, rows, same = (weights[0].new_ones((count, inputs)) for count in (1, _FEW, 2))
         together = [weights[first : first + _JOINED] for first in range(0, len(weights), _JOINED)]
         looped = [part for part in together if len(part) == len(together[0])]
         loop = self._loop(row, looped[0])
-        single = {
+        single: dict[str, Sequence[Callable[[], Any]]] = {
             "linear": _each(lambda weight: functional.linear(row, weight), together),
             "loop": [lambda part=part: loop(row, *part) for part in looped],  # type: ignore[misc]
             "weight": _each(lambda weight: torch.mm(weight, same.t()), together),
         }
-        few = {
+        few: dict[str, Sequence[Callable[[], Any]]] = {
             "linear": _each(lambda weight: functional.linear(rows, weight), together),
             "weight": _each(lambda weight: torch.mm(weight, rows.t()), together),
         }
@@ -101,18 +97,17 @@ def _each(form: Callable[[torch.Tensor], Any], together: Sequence[Sequence[torch
 
 
 def _times(forms: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, float]:
-    """Seconds of a call by form, the least of some rounds in which they take turns."""
+    """Seconds of a call by form, the least of many short ones in which the forms take turns: what no other process had
+    a share in."""
     found = dict.fromkeys(forms, float("inf"))
     with torch.no_grad():
         for calls in forms.values():
             calls[0]()
-        for _ in range(_ROUNDS):
+        for turn in range(_ROUNDS * max(map(len, forms.values()))):
             for name, calls in forms.items():
-                started, done = time.perf_counter(), 0
-                while not done or (done < len(calls) and time.perf_counter() - started < _SECONDS):
-                    calls[done]()
-                    done += 1
-                found[name] = min(found[name], (time.perf_counter() - started) / done)
+                started = time.perf_counter()
+                calls[turn % len(calls)]()
+                found[name] = min(found[name], time.perf_counter() - started)
     return found
 
 
@@ -124,12 +119,10 @@ def lower_few_rows(
 
     Args:
         parameters: the values that are parameters, by name.
-        rows: of the activations; None where a graph serves several numbers.
+        rows: of the activations; None: several, and no more than `MOST`.
 
     Ensures: the same products up to the order of their sums. Returns how many were rewritten.
     """
-    if rows is not None and rows > MOST:
-        return 0
     found = [(piece, linear) for piece in pieces for linear in _products(piece, parameters)]
     alike: dict[Any, dict[int, torch.Tensor]] = {}
     for _, linear in found:
@@ -165,73 +158,51 @@ def _is_single(linear: Linear, rows: int | None) -> bool:
     return rows == 1 or all(isinstance(size, int) and size == 1 for size in value_of(linear.activation).shape[:-1])
 
 
-def _rewrite(piece: Piece, linear: Linear, name: str, single: bool) -> None:
+def _rewrite(piece: Piece, linear: Linear, form: str, single: bool) -> None:
     weight = piece.placeholders[linear.weight]
-    columns = COLUMNS.get(value_of(weight).device.type, MOST)
-    function = single_row if single else few_rows
-    form = (name, columns) if single else (columns,)
+    function = by_loop if form == "loop" else single_row if single else few_rows
     with piece.graph.inserting_before(linear.node):
         if not linear.transposed:
             node = piece.graph.call_method("t", (weight,))
             node.meta["example_value"] = value_of(weight).t()
             weight = node
-        result = piece.graph.call_function(function, (linear.activation, weight, linear.bias, *form))
+        result = piece.graph.call_function(function, (linear.activation, weight, linear.bias))
     result.meta = dict(linear.node.meta)
     linear.node.replace_all_uses_with(result)
     piece.graph.erase_node(linear.node)
 
 
-def single_row(
-    activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, form: str, columns: int
-) -> torch.Tensor:
-    """activation [..., inputs] of one row @ weight [outputs, inputs].T + bias."""
-    if form == "loop":
-        return by_loop(activation, weight, bias)
-    same = activation.reshape(1, -1).expand(columns, -1).contiguous()
-    result = (weight @ same.t())[:, 0].reshape(*activation.shape[:-1], weight.shape[0])
-    return result if bias is None else result + bias
-
-
-def few_rows(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: int) -> torch.Tensor:
-    """activation [..., inputs] @ weight [outputs, inputs].T + bias; the weight first where rows are few."""
-    result: torch.Tensor = torch.ops.river_compile.few_rows(activation, weight, columns)
-    return result if bias is None else result + bias
-
-
 def by_loop(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of one row, accumulated in float32, as a sum that Inductor makes a loop over the weight of."""
+    """activation [..., inputs] of one row @ weight [outputs, inputs].T + bias, accumulated in float32, as a sum that
+    Inductor makes a loop over the weight of."""
     result = (activation.float().unsqueeze(-2) * weight.float()).sum(-1)
     if bias is not None:
         result = result + bias.float()
     return result.to(activation.dtype)
 
 
-def by_weight(activation: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
-    """The product with the weight first: [outputs, inputs] @ [inputs, rows], rows filled up to ``columns``.
-
-    One column alone is rounded otherwise than several; from two on (on a CPU) each column is as it would be beside any
-    others.
-    """
-    shape = activation.shape
-    rows = activation.reshape(-1, shape[-1])
-    count = rows.shape[0]
-    if count < columns:
-        rows = torch.cat([rows, rows[-1:].expand(columns - count, -1)])
-    result = torch.mm(weight, rows.t())
-    if count < columns:
-        result = result[:, :count]
-    return result.t().contiguous().view(*shape[:-1], weight.shape[0])
+def single_row(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `few_rows`, for one row: it is computed twice, since one column alone is rounded otherwise than several."""
+    pair = activation.reshape(1, -1).expand(2, -1).contiguous()
+    result = torch.mm(weight, pair.t())[:, 0].reshape(*activation.shape[:-1], weight.shape[0])
+    return result if bias is None else result + bias
 
 
-def _few_rows(activation: torch.Tensor, weight: torch.Tensor, columns: int) -> torch.Tensor:
-    if math.prod(activation.shape[:-1]) > MOST:
-        return functional.linear(activation, weight)
-    return by_weight(activation, weight, columns)
+def few_rows(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """activation [..., inputs] of several rows @ weight [outputs, inputs].T + bias, as weight @ activation.T."""
+    result: torch.Tensor = torch.ops.river_compile.few_rows(activation, weight)
+    return result if bias is None else result + bias
 
 
-# Which form it is depends on the number of rows, and one graph serves several numbers.
+def _few_rows(activation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    rows = activation.reshape(-1, activation.shape[-1])
+    return torch.mm(weight, rows.t()).t().contiguous().view(*activation.shape[:-1], weight.shape[0])
+
+
+# As one operator: a compiler that sees the transposed result reads it in another order, and rounds what follows in
+# another way.
 seam.define_operator(
-    "few_rows(Tensor activation, Tensor weight, int columns) -> Tensor",
+    "few_rows(Tensor activation, Tensor weight) -> Tensor",
     _few_rows,
-    lambda activation, weight, columns: activation.new_empty((*activation.shape[:-1], weight.shape[0])),
+    lambda activation, weight: activation.new_empty((*activation.shape[:-1], weight.shape[0])),
 )

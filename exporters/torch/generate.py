@@ -25,7 +25,7 @@ import torch
 from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.state import State
 
-__all__ = ["backend_of", "install", "options_of"]
+__all__ = ["backend_of", "install", "options_of", "under_way"]
 
 _GENERATES = re.compile(r"(stream_)?(generate|chat)(_\w+)?$")
 """Names of methods that generate."""
@@ -57,6 +57,15 @@ class _Route:
 
 
 _route: ContextVar[_Route | None] = ContextVar("river_route", default=None)
+
+
+def under_way() -> Any:
+    """The compiled module whose method that generates is running here; None if none is.
+
+    The model within may have been compiled several times, each time with other options.
+    """
+    route = _route.get()
+    return None if route is None else route.module
 
 
 class _Switch:

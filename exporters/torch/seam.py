@@ -136,7 +136,7 @@ def cache_folder() -> Path:
 
 def describe_machine() -> str:
     """The CPU and the torch that measurements hold for."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     level = torch.backends.cpu.get_cpu_capability()
     return repr((torch.__version__, platform.machine(), os.cpu_count(), level, sorted(map(str, capabilities.items()))))
 
@@ -153,7 +153,7 @@ def define_operator(schema: str, function: Callable[..., torch.Tensor], shape: C
         shape: an empty tensor like the result.
     """
     if not _library:
-        _library.append(torch.library.Library("river_compile", "FRAGMENT"))
+        _library.append(torch.library.Library("river_compile", "FRAGMENT"))  # type: ignore[no-untyped-call]
     name = schema.partition("(")[0]
     _library[0].define(schema)
     _library[0].impl(name, function, "CompositeExplicitAutograd")

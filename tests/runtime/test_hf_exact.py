@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 import river_compile
 from river_compile.errors import ConfigError
 from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.few_rows import Forms, Times
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.runtime import hf_exact
 from river_compile.runtime.drafting import Costs, DraftLength
@@ -174,3 +176,60 @@ def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
     ids = torch.randint(3, VOCABULARY, (1, 14))
     with pytest.raises(ConfigError, match="has layers that drop what has left their window"):
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, custom_generate=river_compile.exact)
+
+
+def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
+    """Products with the weight first take this time, and others 1."""
+    times = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
+    monkeypatch.setattr(Forms, "times", lambda *_: Times(times, {name: times[name] for name in ("linear", "weight")}))
+    monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
+    experience = Experience(None, {(1, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8)})
+    monkeypatch.setattr("river_compile.backend._experience_of", lambda model: experience)
+
+
+def test_a_model_compiled_twice_drafts_as_each_time_asked() -> None:
+    """The settings are those of the compiled module, not those that the model within was compiled with last."""
+    model = random_model("llama")
+    plain = torch.compile(model, backend="river", options={"tau": 2.0})
+    exact = torch.compile(model, backend="river", options={"exact": True})
+    expected = plain.generate(**_arguments(1))
+    for compiled in (exact, plain, exact):
+        assert torch.equal(compiled.generate(**_arguments(1)), expected)
+    assert 0 in river_compile.stats(exact).decode_depths
+    assert set(river_compile.stats(plain).decode_depths) == {4}
+    assert not river_compile.stats(plain).exact
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen2"))
+def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a near tie comes up, since a pass of several tokens is that of one to the last bit."""
+    _steady(monkeypatch, 1.0)
+    model = random_model(family).to(torch.bfloat16)
+    plain = torch.compile(model, backend="river", options={"tau": 2.0}).generate(**_arguments(1))
+    compiled = torch.compile(model, backend="river", options={"exact": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(compiled.generate(**_arguments(1)), plain)
+    stats = river_compile.stats(compiled)
+    assert stats.exact["drafted"] > 0
+    assert stats.exact["near_ties"] == 0
+
+
+def test_where_they_would_change_tokens_it_decodes_plainly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _steady(monkeypatch, 9.0)
+    # Rows that come out otherwise beside others, whatever this machine's library does.
+    passes = hf_exact.HfPasses.backbone
+
+    def rounded(self: hf_exact.HfPasses, ids: Any, state: Any, mask: Any = None) -> Any:
+        logits, depth = passes(self, ids, state, mask)
+        return logits * (1.0 if ids.shape[1] == 1 else 1.01), depth
+
+    monkeypatch.setattr(hf_exact.HfPasses, "backbone", rounded)
+    model = random_model("llama").to(torch.bfloat16)
+    plain = torch.compile(model, backend="river", options={"tau": 2.0}).generate(**_arguments(1))
+    compiled = torch.compile(model, backend="river", options={"exact": True})
+    with pytest.warns(UserWarning, match="decoded plainly: in torch.bfloat16") as told:
+        for _ in range(2):
+            assert torch.equal(compiled.generate(**_arguments(1)), plain)
+    assert len([one for one in told if "decoded plainly" in str(one.message)]) == 1
+    assert river_compile.stats(compiled).exact["drafted"] == 0
