@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +14,9 @@ from hypothesis import strategies as st
 
 from river_compile.errors import ConfigError
 from river_compile.runtime.protocol import State
+from river_compile.runtime.sampling import Sampling
+from river_compile.runtime.verification import Verdict
+from tests.runtime.chi_square import deviation
 from tests.runtime.toy import BACKBONE, VOCABULARY, Toy
 
 PROMPTS = [[5, 9, 17, 3], [7], [3, 4, 5, 6, 7, 8, 9], [11, 12], [2, 2, 2], [20, 1], [8, 8, 9], [15]]
@@ -121,35 +129,43 @@ def test_near_ties_are_left_to_a_pass_of_one_row() -> None:
     assert noisy.generate(PROMPTS[:3], 64, exact=True).tokens != expected.tokens
 
 
-def test_sampling_has_the_backbones_distribution() -> None:
-    """Chi-square over 4,000 pairs of tokens, against the exact probabilities of the pair."""
-    toy = Toy(0.5)
-    prompt, temperature, top_p = [5, 9], 1.5, 0.9
-    kept = toy.generate([prompt], 3, exact=True, temperature=temperature, top_p=top_p, seed=0)
-    assert len(kept.tokens[0]) == 3
-    counts: dict[tuple[int, int], int] = {}
-    draws = 4000
-    for seed in range(draws):
-        made = toy.generate([prompt], 3, exact=True, temperature=temperature, top_p=top_p, seed=seed, lookup=True)
-        pair = (made.tokens[0][0], made.tokens[0][1])
-        counts[pair] = counts.get(pair, 0) + 1
-    from river_compile.runtime.sampling import Sampling
+DRAWS = 20_000
+SAMPLED = {"temperature": 1.5, "top_p": 0.9}
 
-    sampling = Sampling(temperature, top_p)
-    first = sampling.distribution(toy.after(np.array(prompt), river=False))
-    statistic, cells, rest_seen, rest_wanted = 0.0, 0, 0.0, 0.0
-    for token in np.flatnonzero(first):
-        second = sampling.distribution(toy.after(np.array([*prompt, token]), river=False))
-        for other in np.flatnonzero(second):
-            wanted, seen = draws * first[token] * second[other], counts.pop((token, other), 0)
-            if wanted < 5:
-                rest_seen, rest_wanted = rest_seen + seen, rest_wanted + wanted
-                continue
-            statistic, cells = statistic + (seen - wanted) ** 2 / wanted, cells + 1
-    assert not counts, "a pair that the backbone never makes"
-    statistic += (rest_seen - rest_wanted) ** 2 / rest_wanted
-    # Mean and spread of chi-square with as many degrees of freedom as there are cells: four deviations.
-    assert statistic < cells + 4 * np.sqrt(2 * cells)
+
+class Recalling(Toy):
+    """A toy that is asked for the same texts over and over."""
+
+    def after(self, text: np.ndarray, river: bool) -> np.ndarray:
+        return self._recalled(tuple(text[-3:].tolist()), river)
+
+    @functools.cache  # noqa: B019
+    def _recalled(self, text: tuple[int, ...], river: bool) -> np.ndarray:
+        return super().after(np.array(text), river)
+
+
+def _deviation(lookup: bool) -> float:
+    """How far 20,000 pairs of sampled tokens are from the backbone's distribution, in standard deviations."""
+    toy, prompt, batch = Recalling(0.5), [5, 9], 8
+    pairs: Counter[tuple[int, int]] = Counter()
+    for seed in range(DRAWS // batch):
+        made = toy.generate([prompt] * batch, 3, exact=True, seed=seed, lookup=lookup, **SAMPLED)
+        pairs.update((tokens[0], tokens[1]) for tokens in made.tokens)
+    sampling = Sampling(**SAMPLED)
+    return deviation(pairs, lambda tokens: sampling.distribution(toy.after(np.array([*prompt, *tokens]), river=False)))
+
+
+@pytest.mark.parametrize("lookup", (False, True))
+def test_sampling_has_the_backbones_distribution(lookup: bool) -> None:
+    assert abs(_deviation(lookup)) < 4
+
+
+def test_a_sampler_that_keeps_every_draft_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def credulous(drafts: Sequence[int], proposals: Any, scores: Any, choice: Any) -> Verdict:
+        return Verdict(len(drafts), choice.draw(choice.distribution(scores(len(drafts)))))
+
+    monkeypatch.setattr("river_compile.runtime.exact.verify_sampled", credulous)
+    assert _deviation(False) > 20
 
 
 def test_a_batch_is_not_continued() -> None:
