@@ -1,0 +1,82 @@
+"""`river`: every command under one name, and completion."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import river_compile
+from river_compile.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_there_by_both_names(name: str) -> None:
+    result = CliRunner().invoke(main, [name, "--help"], prog_name="river")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: river {name} ")
+    scripts = entry_points(group="console_scripts")
+    assert scripts[f"river-{name}"].load() is main.get_command(None, name)  # type: ignore[attr-defined]
+
+
+def test_every_script_is_a_command() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    scripts = set(re.findall(r"^river-(\w+) = ", text, re.MULTILINE))
+    assert scripts == set(COMMANDS)
+
+
+def test_help_lists_them_and_loads_none() -> None:
+    result = _python("-X", "importtime", "-m", "river_compile", "--help")
+    assert result.returncode == 0
+    for name, (_, line) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(line[:30])}", result.stdout, re.MULTILINE)
+    loaded = set(re.findall(r"\| +(\S+)$", result.stderr, re.MULTILINE))
+    assert "river_compile.cli.main" in loaded
+    assert not {"torch", "onnx", "numpy"} & loaded
+
+
+def test_the_module_is_the_command() -> None:
+    result = _python("-m", "river_compile", "--version")
+    assert result.stdout == f"river, version {river_compile.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["exprot"], "error: no command 'exprot'; there are export, run, eval, calibrate, compare, bench"),
+        (["run", "nowhere.onnx"], "error: "),
+        (["export", "--nope"], "error: No such option"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], line: str) -> None:
+    result = _python("-m", "river_compile", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(line)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("words", "expected"), [("river ca", ["calibrate"]), ("river export --head", ["--head-bits"])])
+def test_a_shell_completes_commands_and_options(words: str, expected: list[str]) -> None:
+    code = "from river_compile.cli.main import main; main(prog_name='river')"
+    count = str(len(words.split()) - 1)
+    result = _python("-c", code, _RIVER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
+    assert [line.partition(",")[2] for line in result.stdout.splitlines()] == expected
