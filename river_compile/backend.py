@@ -60,9 +60,6 @@ Compiled = Callable[..., Any]
 SHORT = (torch.bfloat16, torch.float16)
 """Types in which the order of a sum shows in later tokens."""
 
-GRAPHS = 64
-"""How many graphs of one function exact decoding may compile; Dynamo's own limit is 8."""
-
 
 class RiverBackend(State):
     """A backend for ``torch.compile``, and the state of what is compiled by it.
@@ -532,9 +529,7 @@ def exact(
         lookup=config.lookup if lookup is None else lookup,
         keep_logits=bool(wants_logits and generation_config.return_dict_in_generate),
     )
-    # Passes of one row and of several, on a cache that grows and on one that was cut, are more graphs than Dynamo
-    # compiles of one function by itself; past its limit it runs the rest uncompiled, without a river.
-    with torch._dynamo.config.patch(recompile_limit=max(GRAPHS, torch._dynamo.config.recompile_limit)):
+    with seam.many_graphs():
         made = generate_exactly(
             model,
             input_ids,

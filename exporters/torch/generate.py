@@ -142,7 +142,7 @@ def _generating(
         for state in states_of(module):
             state.unverified = True
         route = _Route(module)
-        with _switched_models(_generators(original)), _under(route):
+        with _switched_models(_generators(original)), _under(route), seam.many_graphs():
             result = method(*arguments, **settings)
         if inspect.isgenerator(result):
             return _stepwise(result, route, name)
@@ -175,7 +175,7 @@ def _stepwise(generator: Any, route: _Route, name: str) -> Generator[Any, None, 
     models = _generators(route.module._orig_mod)
     try:
         while True:
-            with _switched_models(models), _under(route):
+            with _switched_models(models), _under(route), seam.many_graphs():
                 try:
                     item = next(generator)
                 except StopIteration as stop:

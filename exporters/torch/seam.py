@@ -12,6 +12,7 @@ import inspect
 import os
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,14 @@ __all__ = [
     "dynamo_error",
     "guards_since",
     "holds",
+    "many_graphs",
     "module_wrapper",
     "skip_frames",
 ]
 
 
+GRAPHS = 64
+"""How many graphs of one function a generation may compile."""
 _PACKAGE = f"{__name__.partition('.')[0]}."
 
 
@@ -222,6 +226,31 @@ def as_it_is_now(value: Any) -> Any:
     if now == value.node._expr:
         return value
     return value.node.shape_env.create_symintnode(now, hint=value.node.hint)
+
+
+@contextmanager
+def many_graphs() -> Iterator[None]:
+    """Lets Dynamo compile as many graphs of one function as a generation needs.
+
+    A prompt, passes of one row and of several, a cache that grows and one that was cut, and all that once more where a
+    module is compiled twice: more than the 8 that it compiles by itself. What comes after, it runs uncompiled.
+    """
+    config = torch._dynamo.config
+    with _lock:
+        _limits.append(config.recompile_limit)
+        config.recompile_limit = max(GRAPHS, config.recompile_limit)
+    try:
+        yield
+    finally:
+        with _lock:
+            # The first is what it was before any; the others saw it raised.
+            before = _limits.pop()
+            if not _limits:
+                config.recompile_limit = before
+
+
+_lock = threading.Lock()
+_limits: list[int] = []
 
 
 def describe_symbol(symbol: Any) -> str:

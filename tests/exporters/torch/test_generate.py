@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStrea
 
 import river_compile
 from river_compile import RiverBackend, RiverConfig
+from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.linear import Dequantized
 from tests.families import random_model
 from tests.torch_models import as_it_is, prompt, with_river_from
@@ -248,3 +249,26 @@ def test_a_model_with_adapters_runs_compiled_and_the_river_follows_a_merge() -> 
     merged = adapted(base).merge_and_unload()
     expected = with_river_from(merged, 0).generate(prompt(1, 4), **GREEDY)
     assert torch.equal(river.generate(prompt(1, 4), **GREEDY), expected)
+
+
+def test_more_graphs_than_dynamos_own_limit_are_compiled() -> None:
+    """A module compiled nine times over, and the limit afterwards what it was."""
+    before = torch._dynamo.config.recompile_limit
+    model = random_model("llama", 2)
+    expected = model.generate(prompt(1, 5), max_new_tokens=3, do_sample=False)
+    for number in range(before + 1):
+        compiled = torch.compile(model, backend=RiverBackend(RiverConfig(tau=2.0), compiler=as_it_is))
+        assert torch.equal(compiled.generate(prompt(1, 5), max_new_tokens=3, do_sample=False), expected)
+        assert sum(river_compile.stats(compiled).decode_depths.values()) == 2, f"compilation {number} ran uncompiled"
+    assert torch._dynamo.config.recompile_limit == before
+
+
+def test_the_limit_is_restored_after_generations_that_overlap() -> None:
+    before = torch._dynamo.config.recompile_limit
+    first, second = seam.many_graphs(), seam.many_graphs()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch._dynamo.config.recompile_limit >= seam.GRAPHS
+    second.__exit__(None, None, None)
+    assert torch._dynamo.config.recompile_limit == before
