@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,7 @@ Examples:
 @click.option(
     "--startup", is_flag=True, help="Measure start-up too: new processes with an empty, then with a filled disk cache."
 )
+@click.option("--exact", is_flag=True, help="Decode exactly too: the river drafts, the backbone verifies.")
 @dtype_option()
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @bits_option
@@ -62,6 +64,7 @@ def main(
     tokens: int,
     batch: int,
     startup: bool,
+    exact: bool,
     dtype: str,
     device: str,
     bits: str,
@@ -93,6 +96,7 @@ def main(
             device=device,
             config=config,
             startup=startup,
+            exact=exact,
             progress=progress,
         )
     if png is not None:
@@ -117,10 +121,14 @@ def _show(console: Console, result: BenchResult) -> None:
             f"{result.batch / row.median:.1f}",
             f"{result.ratio(row):.2f}x",
             f"{row.mean_depth:.1f}" if row.depths else "",
-            f"{result.batch * limit:.0f}",
-            f"{1 / row.median / limit:.0%}",
+            "" if math.isnan(limit) else f"{result.batch * limit:.0f}",
+            "" if math.isnan(limit) else f"{1 / row.median / limit:.0%}",
         )
     console.print(table)
+    if result.exact is not None:
+        made = result.exact
+        kept = "nothing was drafted" if made.acceptance is None else f"{made.acceptance:.0%} of the drafts accepted"
+        console.print(f"exact: {made.differing} of {made.tokens} tokens differ from the backbone's; {kept}")
     if result.startup:
         console.print(_startup_table(result))
     seconds = result.compile_seconds

@@ -20,6 +20,7 @@ import torch
 from river_compile.backend import RiverBackend
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError, MissingExtra
+from river_compile.measure.exact_bench import ExactBench, ExactTokens
 from river_compile.measure.greedy import PROMPT, decode, load_with_prompt, wait
 from river_compile.measure.startup import Startup, measure_startup
 
@@ -39,9 +40,9 @@ class BenchRow:
     Fields:
         name: what it is.
         tau, max_depth: how its passes exit; None where that does not apply.
-        seconds: time of a decode pass, the median of each round.
+        seconds: time of a decode pass, the median of each round; of exact decoding, time for each token.
         depths: exit depth of every decode pass.
-        bytes_per_token: weights read for one token at the mean exit depth.
+        bytes_per_token: weights read for one token at the mean exit depth; NaN where passes differ too much to say.
     """
 
     name: str
@@ -75,6 +76,7 @@ class BenchResult:
             river made yet, and "river", with all that Inductor's version holds still there. The difference is what the
             river costs, at most.
         startup: seconds to the first tokens in new processes, if that was asked for.
+        exact: what exact decoding made, if that was asked for.
     """
 
     model: str
@@ -90,6 +92,7 @@ class BenchResult:
     river_bytes: int
     decode_peak_bytes: dict[str, int]
     startup: list[Startup] = field(default_factory=list)
+    exact: ExactTokens | None = None
 
     def ratio(self, row: BenchRow) -> float:
         """How many times faster than plain Inductor: the median over rounds of the ratio within a round."""
@@ -108,7 +111,10 @@ class BenchResult:
                 "tokens_per_second": self.batch / row.median,
                 "ratio": self.ratio(row),
                 "mean_depth": None if math.isnan(row.mean_depth) else row.mean_depth,
-                "byte_limit_tokens_per_second": self.batch * self.limit(row),
+                "bytes_per_token": None if math.isnan(row.bytes_per_token) else row.bytes_per_token,
+                "byte_limit_tokens_per_second": None
+                if math.isnan(row.bytes_per_token)
+                else self.batch * self.limit(row),
             }
         return json.dumps(document, indent=2)
 
@@ -126,6 +132,7 @@ def bench(
     config: RiverConfig | None = None,
     prompt: str = PROMPT,
     startup: bool = False,
+    exact: bool = False,
     progress: Progress = lambda step, done, total: None,
 ) -> BenchResult:
     """Time decode passes of a Hugging Face model, all ways interleaved, with a static cache and greedy choice.
@@ -136,6 +143,8 @@ def bench(
         rounds: interleaved rounds after one of warm-up.
         config: of the river; its tau and max_depth are overridden.
         startup: measure start-up as well.
+        exact: decode exactly as well, by ``generate``: seconds for each token, and whether the tokens are those of the
+            backbone alone.
 
     Raises:
         InputError: it is no decoder that gets a river.
@@ -161,14 +170,19 @@ def bench(
     if stats.fallbacks or not stats.river_layers:
         raise InputError(f"{folder}: no river: {'; '.join(stats.fallbacks) or 'no layer has a twin'}")
     rows = _rows(stats.layers, taus, depths)
+    exactly = ExactBench(model, backend, tokens, new_tokens) if exact else None
     for round_ in range(rounds + 1):
         for row in rows:
             progress("measure", round_ * len(rows) + rows.index(row), (rounds + 1) * len(rows))
             _measure(row, model, compiled, backend, tokens, new_tokens, keep=round_ > 0)
+        if exactly is not None:
+            exactly.measure(keep=round_ > 0)
     weights = _weigh(model, backend, stats.layers)
     for row in rows:
         depth = stats.layers if math.isnan(row.mean_depth) else row.mean_depth
         row.bytes_per_token = weights(depth)
+    if exactly is not None:
+        rows.append(BenchRow("exact", seconds=exactly.seconds))
     progress("measure", 1, 1)
     startups: list[Startup] = []
     if startup:
@@ -190,6 +204,7 @@ def bench(
         river_bytes=backend.stats().river_bytes,
         decode_peak_bytes=peaks,
         startup=startups,
+        exact=None if exactly is None else exactly.tokens(),
     )
 
 
@@ -301,7 +316,8 @@ def draw(result: BenchResult, path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(8, 0.5 * len(result.rows) + 1.5), layout="constrained")
     names = [row.name for row in result.rows]
     speeds = [result.batch / row.median for row in result.rows]
-    axis.barh(names, [result.batch * result.limit(row) for row in result.rows], color="#dde6ee", label="byte limit")
+    limits = [0.0 if math.isnan(row.bytes_per_token) else result.batch * result.limit(row) for row in result.rows]
+    axis.barh(names, limits, color="#dde6ee", label="byte limit")
     bars = axis.barh(names, speeds, height=0.5, color="#2878b5", label="measured")
     axis.bar_label(bars, [f"{result.ratio(row):.2f}x" for row in result.rows], padding=3)
     axis.invert_yaxis()

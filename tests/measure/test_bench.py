@@ -55,6 +55,21 @@ def test_the_command_measures_every_way(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
+def test_exact_decoding_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "compile_piece", as_it_is)
+    torch.compiler.reset()
+    random_model("llama", 2).save_pretrained(tmp_path / "model")
+    arguments = ["--rounds", "1", "--tokens", "6", "--depths", "1", "--dtype", "float32", "--quiet", "--exact"]
+    result = CliRunner().invoke(main, [str(tmp_path / "model"), *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["rows"][-1]["name"] == "exact"
+    assert document["rows"][-1]["ratio"] > 0
+    assert document["rows"][-1]["byte_limit_tokens_per_second"] is None
+    assert document["exact"]["tokens"] == 6
+    assert document["exact"]["differing"] == 0
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "none")])
     assert result.exit_code == 2
