@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
     from river_compile.measure.tuning import Tuning
+    from river_compile.pretrained import from_pretrained, load_river, save_river
     from river_compile.reports import ExportReport, Plan
     from river_compile.statistics import Stats
 
@@ -32,9 +33,12 @@ __all__ = [
     "evaluate",
     "exact",
     "export",
+    "from_pretrained",
+    "load_river",
     "plan",
     "refresh",
     "reset_stats",
+    "save_river",
     "set_max_depth",
     "set_tau",
     "stats",
@@ -54,9 +58,12 @@ _HOME = {
     "evaluate": "measure.evaluation",
     "exact": "backend",
     "export": "api",
+    "from_pretrained": "pretrained",
+    "load_river": "pretrained",
     "plan": "api",
     "refresh": "backend",
     "reset_stats": "backend",
+    "save_river": "pretrained",
     "set_max_depth": "backend",
     "set_tau": "backend",
     "stats": "backend",

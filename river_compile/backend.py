@@ -53,6 +53,7 @@ __all__ = [
     "stats",
     "tune",
     "tuned_digest",
+    "tuned_weights",
 ]
 
 Compiled = Callable[..., Any]
@@ -176,8 +177,7 @@ class RiverBackend(State):
         pieces += [plan.exit_suffix] if plan.exit_suffix else []
         if device.type != "cpu" or not any(value.dtype in SHORT for value in parameters.values()):
             return
-        # A graph that serves several numbers of rows serves few or many: asking makes it a condition of its use.
-        if rows == 1 or bool(rows <= MOST):
+        if not isinstance(rows, int) or rows <= MOST:
             lower_few_rows(pieces, parameters, rows if isinstance(rows, int) else None, self._forms)
         if rows != 1:
             for piece in pieces:
@@ -393,6 +393,11 @@ def tuned_digest(model: torch.nn.Module) -> str:
     return _tuned.digest(model.parameters())
 
 
+def tuned_weights() -> Tuned:
+    """Where the weights that `tune` makes are held, for all models."""
+    return _tuned
+
+
 def refresh(model: torch.nn.Module) -> None:
     """Have the river of a compiled model made anew from its weights before its next pass.
 
@@ -544,16 +549,19 @@ def exact(
             streamer=streamer,
             on_step=note,
         )
-    _tell_if_plain(compiled, bool(generation_config.do_sample))
+    if not generation_config.do_sample:
+        _tell_if_plain(compiled, len(input_ids))
     return made
 
 
-def _tell_if_plain(model: torch.nn.Module, sampled: bool) -> None:
+def _tell_if_plain(model: torch.nn.Module, batch: int) -> None:
     """Say it once where nothing was drafted, since the tokens could not be promised."""
     experience, dtype = _experience_of(model), getattr(model, "dtype", torch.float32)
-    if sampled or not experience.tie or dtype not in SHORT:
+    if dtype not in SHORT or (batch == 1 and not experience.tie):
         return
     why = f"decoded plainly: in {dtype} passes of several tokens round otherwise than passes of one here"
+    if not experience.tie:
+        why = f"decoded plainly: in {dtype} the sequences of a batch would move against each other, and round otherwise"
     for state in _known_states(model)[-1:]:
         if why not in state.notes:
             state.notes[why] = None

@@ -187,7 +187,9 @@ def main() -> None:
         table.add_row(name, f"{statistics.median(ratios):.2f}x", f"{min(ratios):.2f}x", differing, accepted)
     console.print(table)
     console.print(f"near ties left to a pass of one row: {exact.near_ties}; margin: {river.experience.tie:.1e}")
-    console.print(f"{statistics.median(exact.ratios(base)):.2f} times faster, same output")
+    differing = exact.differing(base)
+    output = f"{differing} TOKENS DIFFER" if differing else "same output"
+    console.print(f"{statistics.median(exact.ratios(base)):.2f} times faster, {output}")
     if given.json is not None:
         found = {name: asdict(way) | {"ratios": way.ratios(base)} for name, way in ways.items()}
         given.json.write_text(json.dumps({"cpu": cpu_name(), "tokens": given.tokens, "ways": found}) + "\n")

@@ -8,6 +8,7 @@ however many rows are computed beside it. Exact decoding lives on that.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def lower_few_rows(
 
     Args:
         parameters: the values that are parameters, by name.
-        rows: of the activations; None: several, and no more than `MOST`.
+        rows: of the activations, at most `MOST`; None where a graph serves several numbers.
 
     Ensures: the same products up to the order of their sums. Returns how many were rewritten.
     """
@@ -189,18 +190,21 @@ def single_row(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 def few_rows(activation: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """activation [..., inputs] of several rows @ weight [outputs, inputs].T + bias, as weight @ activation.T."""
+    """activation [..., inputs] of several rows @ weight [outputs, inputs].T + bias, as weight @ activation.T unless the
+    rows are more than `MOST`."""
     result: torch.Tensor = torch.ops.river_compile.few_rows(activation, weight)
     return result if bias is None else result + bias
 
 
 def _few_rows(activation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if math.prod(activation.shape[:-1]) > MOST:
+        return functional.linear(activation, weight)
     rows = activation.reshape(-1, activation.shape[-1])
     return torch.mm(weight, rows.t()).t().contiguous().view(*activation.shape[:-1], weight.shape[0])
 
 
-# As one operator: a compiler that sees the transposed result reads it in another order, and rounds what follows in
-# another way.
+# As one operator: a graph may serve few rows and many, and a compiler that sees the transposed result reads it in
+# another order, and rounds what follows in another way.
 seam.define_operator(
     "few_rows(Tensor activation, Tensor weight) -> Tensor",
     _few_rows,

@@ -83,6 +83,12 @@ class Tuned:
         """A number that grows when the parameter is tuned anew; 0 before."""
         return max((number for _, number, _ in self._held.get(parameter, {}).values()), default=0)
 
+    def of(self, parameter: torch.Tensor) -> Iterator[tuple[str, bool, QuantizedWeight]]:
+        """What is held for a parameter as it is now: quantizer, whether it is [outputs, inputs], and the weight."""
+        for (quantizer, transposed, *_), (state, _, weight) in self._held.get(parameter, {}).items():
+            if state == _state(parameter):
+                yield quantizer, transposed, weight
+
     def digest(self, parameters: Iterable[torch.Tensor]) -> str:
         """A hash of what is held for some parameters."""
         digest = hashlib.sha256()

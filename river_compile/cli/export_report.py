@@ -100,4 +100,5 @@ def _show_drafts(console: Console, drafts: Mapping[str, Any]) -> None:
         )
     console.print(table)
     best = drafts["points"][drafts["chosen"]]
-    console.print(f"[bold]{best['measured']:.2f} times faster, same output[/bold] (exact decoding, greedy, batch 1)")
+    output = f"{best['differing']} TOKENS DIFFER" if best["differing"] else "same output"
+    console.print(f"[bold]{best['measured']:.2f} times faster, {output}[/bold] (exact decoding, greedy, batch 1)")

@@ -65,6 +65,7 @@ class DraftPoint:
         draft_ms: of a draft pass; ``verify_ms``: of backbone passes, by their rows; one row is a plain pass.
         expected: speed-up over plain decoding by costs and acceptance, at the best fixed draft length, ``length``.
         measured: speed-up over plain decoding as it was timed, median over prompts; None: not timed.
+        differing: how many of the tokens written meanwhile the plain model did not write; None: not timed.
     """
 
     quantizer: str
@@ -76,6 +77,7 @@ class DraftPoint:
     expected: float
     length: int
     measured: float | None = None
+    differing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,9 @@ class _Tried:
         plain = OnnxDecoder(self._model)
         for number, (index, file) in enumerate(self.kept.items()):
             self._progress("time the best drafters", number, len(self.kept))
-            ratios = timed_ratio(plain, OnnxDecoder(file), self._prompts, _NEW_TOKENS)
-            self.points[index] = replace(self.points[index], measured=round(statistics.median(ratios), 3))
+            ratios, differing = timed_ratio(plain, OnnxDecoder(file), self._prompts, _NEW_TOKENS)
+            measured = round(statistics.median(ratios), 3)
+            self.points[index] = replace(self.points[index], measured=measured, differing=differing)
         self._progress("time the best drafters", len(self.kept), len(self.kept))
 
 
@@ -350,12 +353,15 @@ def _costs(decoder: OnnxDecoder, prompt: Sequence[int]) -> Costs:
 
 def timed_ratio(
     plain: OnnxDecoder, decoder: OnnxDecoder, prompts: Sequence[Sequence[int]], new_tokens: int, **settings: Any
-) -> list[float]:
-    """Speed-up of exact decoding over the plain model for each prompt, interleaved, after one to warm up."""
-
-    def seconds(one: OnnxDecoder, prompt: Sequence[int], **how: Any) -> float:
-        return one.generate([prompt], new_tokens, **how).decode_seconds
-
-    seconds(decoder, prompts[0], exact=True, **settings)
-    seconds(plain, prompts[0])
-    return [seconds(plain, prompt) / seconds(decoder, prompt, exact=True, **settings) for prompt in prompts]
+) -> tuple[list[float], int]:
+    """Speed-up of exact decoding over the plain model for each prompt, interleaved, after one to warm up; and how many
+    tokens differ."""
+    decoder.generate(prompts[:1], new_tokens, exact=True, **settings)
+    plain.generate(prompts[:1], new_tokens)
+    ratios, differing = [], 0
+    for prompt in prompts:
+        expected = plain.generate([prompt], new_tokens)
+        made = decoder.generate([prompt], new_tokens, exact=True, **settings)
+        ratios.append(expected.decode_seconds / made.decode_seconds)
+        differing += sum(a != b for a, b in zip(expected.tokens[0], made.tokens[0], strict=True))
+    return ratios, differing

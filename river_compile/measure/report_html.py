@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -173,6 +174,29 @@ def _svg(figure: Any) -> str:
     return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{mark}", svg)
 
 
+def _speeds(axis: Any, rows: Sequence[SettingResult]) -> None:
+    """A marker of its own for each row, named in a legend: labels beside points that are close would overlap."""
+    for row, marker in zip(rows, itertools.cycle("ovDP^X<*>p"), strict=False):
+        assert row.speed is not None
+        colour = _BLUE if row.max_depth is None else _ORANGE
+        ratio = row.speed.ratio
+        spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+        axis.errorbar(
+            [ratio.value],
+            [row.top1.value],
+            xerr=spread,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            alpha=0.8,
+            label=row.label,
+        )
+    axis.plot([1.0], [1.0], "s", color=_GREY, label="backbone")
+    axis.margins(0.1)
+    axis.set(xlabel="decode speed, times the backbone's", ylabel="top-1 agreement")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 _TRADEOFF = "Top-1 agreement with the backbone, with its interval, and decode speed over the backbone's, by threshold."
 
 
@@ -192,20 +216,7 @@ def _tradeoff(result: Evaluation) -> str:
     first.set(xlabel="threshold tau", ylabel="top-1 agreement")
     first.legend(fontsize=8, frameon=False)
     if timed:
-        second = axes[1]
-        for row in result.settings:
-            if row.speed is not None:
-                colour = _BLUE if row.max_depth is None else _ORANGE
-                ratio = row.speed.ratio
-                spread = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
-                second.errorbar([ratio.value], [row.top1.value], xerr=spread, fmt="o", color=colour, capsize=3)
-                second.annotate(
-                    row.label, (ratio.value, row.top1.value), (5, 5), textcoords="offset points", fontsize=8
-                )
-        second.plot([1.0], [1.0], "s", color=_GREY)
-        second.annotate("backbone", (1.0, 1.0), (5, -12), textcoords="offset points", fontsize=8)
-        second.margins(0.18)
-        second.set(xlabel="decode speed, times the backbone's", ylabel="top-1 agreement")
+        _speeds(axes[1], [row for row in result.settings if row.speed is not None])
     return _svg(figure)
 
 

@@ -46,11 +46,12 @@ class HfPasses(Passes):
             raise ConfigError("exact", "needs a KV cache (use_cache=True)")
         self._arguments = dict(arguments)
         hf_cache.prepare(self._arguments[self._cache_name], length)
-        self.fixed_batch = hf_cache.is_static(self._arguments[self._cache_name])
+        self.coarse = model.dtype in (torch.bfloat16, torch.float16)
+        # In 16 bits a row may come out otherwise in a smaller batch.
+        self.fixed_batch = self.coarse or hf_cache.is_static(self._arguments[self._cache_name])
         self._takes = inspect.signature(model.prepare_inputs_for_generation).parameters
         self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._device = model.device
-        self.coarse = model.dtype in (torch.bfloat16, torch.float16)
 
     @property
     def has_river(self) -> bool:

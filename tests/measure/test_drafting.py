@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +14,7 @@ from river_compile.cli.export import main
 from river_compile.config import RiverConfig
 from river_compile.measure.drafting import DraftTuning, acceptance_by_place, expected_speedup, fixed_length
 from river_compile.measure.fidelity import Document, TextTokenizer
-from river_compile.runtime import OnnxDecoder
+from river_compile.runtime import Generation, OnnxDecoder
 from tests.families import VOCABULARY
 from tests.words import save_word_texts, save_word_tokenizer
 
@@ -90,6 +91,23 @@ def test_the_command_ends_with_the_sentence_that_matters(exported: Callable[[str
     assert found.exit_code == 0, found.output
     assert found.output.rstrip().endswith("(exact decoding, greedy, batch 1)")
     assert "times faster, same output" in found.output
+
+
+def test_a_decoder_that_says_something_else_is_found_out(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = OnnxDecoder.generate
+
+    def other(self: OnnxDecoder, *arguments: Any, **settings: Any) -> Generation:
+        made = generate(self, *arguments, **settings)
+        if settings.get("exact"):
+            made.tokens[0][-1] += 1
+        return made
+
+    monkeypatch.setattr(OnnxDecoder, "generate", other)
+    found = CliRunner().invoke(main, _arguments(exported("llama"), tmp_path))
+    assert "same output" not in found.output
+    assert "TOKENS DIFFER" in found.output
 
 
 def test_a_budget_of_bits_is_for_another_kind_of_river(exported: Callable[[str], Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,16 @@ def test_it_can_be_asked_for_in_one_call() -> None:
     found = model.generate(**_arguments(1), custom_generate=river_compile.exact, lookup=False)
     assert torch.equal(found, expected)
     assert river_compile.stats(model).exact["drafted"] > 0
+
+
+def test_a_folder_of_the_form_that_transformers_loads_methods_from() -> None:
+    folder = Path(__file__).parents[2] / "samples" / "exact_generate"
+    model = random_model("llama")
+    expected = model.generate(**_arguments(1))
+    compiled = torch.compile(model, backend="river", options={"tau": -1.0})
+    found = compiled.generate(**_arguments(1), custom_generate=str(folder), trust_remote_code=True)
+    assert torch.equal(found, expected)
+    assert river_compile.stats(compiled).exact["drafted"] > 0
 
 
 def test_a_model_compiled_with_exact_never_exits_elsewhere() -> None:
@@ -213,6 +224,21 @@ def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypa
     stats = river_compile.stats(compiled)
     assert stats.exact["drafted"] > 0
     assert stats.exact["near_ties"] == 0
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=("dynamic", "static"))
+def test_batches_in_bfloat16_are_decoded_plainly(cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the sequences ends early; the others go on in a batch of as many."""
+    _steady(monkeypatch, 9.0)
+    model = random_model("llama").to(torch.bfloat16)
+    plain_model = torch.compile(model, backend="river", options={"tau": 2.0})
+    first = plain_model.generate(**_arguments(3, **cache))[0, 7:].tolist()
+    ends = {"eos_token_id": first[4], "pad_token_id": 0}
+    plain = plain_model.generate(**_arguments(3, **cache, **ends))
+    compiled = torch.compile(model, backend="river", options={"exact": True})
+    with pytest.warns(UserWarning, match="decoded plainly"):
+        assert torch.equal(compiled.generate(**_arguments(3, **cache, **ends)), plain)
+    assert river_compile.stats(compiled).exact["drafted"] == 0
 
 
 def test_where_they_would_change_tokens_it_decodes_plainly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,11 @@ def test_a_row_is_the_same_to_the_last_bit_however_many_are_beside_it(
     assert torch.equal(together, torch.cat(alone, 1))
 
 
+def test_many_rows_are_torchs_own_product() -> None:
+    activation, weight = torch.randn(2, MOST, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    assert torch.equal(forms.few_rows(activation, weight, None), torch.nn.functional.linear(activation, weight))
+
+
 def test_float32_stays() -> None:
     *_, decode = capture("llama", "static")
     plan = share_kv(decode, find_layers(decode), River())

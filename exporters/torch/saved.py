@@ -1,0 +1,125 @@
+"""Tuned river weights as a file: safetensors, with a hash of the backbone's weights that they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from river_compile.errors import InputError, MissingExtra
+from river_compile.exporters.torch.tuning import Tuned
+from river_compile.passes.quantizer import QuantizedWeight
+
+__all__ = ["FILE", "read", "write"]
+
+FILE = "river.safetensors"
+_FORMAT = "1"
+_PARTS = ("values", "scales", "zero_points")
+
+
+def write(tuned: Tuned, parameters: Mapping[str, torch.Tensor], folder: Path) -> int:
+    """Write what is held for some parameters; a file that was there is replaced when the new one is whole.
+
+    Args:
+        parameters: by the names under which `read` will find them.
+
+    Returns:
+        How many weights were written.
+
+    Raises:
+        InputError: there is none.
+        MissingExtra: safetensors is not installed.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for number, (quantizer, transposed, weight) in enumerate(tuned.of(parameter)):
+            key = f"{name}/{number}"
+            arrays |= {f"{key}/{part}": np.ascontiguousarray(getattr(weight, part)) for part in _PARTS}
+            facts[key] = {
+                "parameter": name,
+                "quantizer": quantizer,
+                "transposed": transposed,
+                "bits": weight.bits,
+                "backbone": _hash(parameter),
+            }
+    if not facts:
+        raise InputError("no tuned weights to save: call river_compile.tune(model, ids, config) first")
+    numpy_files = _safetensors()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(handle)
+    try:
+        numpy_files.save_file(arrays, part, metadata={"river": _FORMAT, "weights": json.dumps(facts)})
+        os.replace(part, folder / FILE)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return len(facts)
+
+
+def read(tuned: Tuned, parameters: Mapping[str, torch.Tensor], folder: Path) -> int:
+    """Hold the weights of a file for some parameters, as if they had been tuned.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        InputError: there is no such file, it is damaged or of another kind, or it belongs to other weights.
+        MissingExtra: safetensors is not installed.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no saved river ({FILE}) here")
+    facts, arrays = _opened(path)
+    missing = [fact["parameter"] for fact in facts.values() if fact["parameter"] not in parameters]
+    if missing:
+        raise InputError(f"{path}: made for another model: this one has no {missing[0]}")
+    for fact in facts.values():
+        if fact["backbone"] != _hash(parameters[fact["parameter"]]):
+            raise InputError(f"{path}: made for other weights than this model's ({fact['parameter']} differs)")
+    for key, fact in facts.items():
+        weight = QuantizedWeight(*(arrays[f"{key}/{part}"] for part in _PARTS), fact["bits"])
+        tuned.keep(parameters[fact["parameter"]], fact["quantizer"], fact["transposed"], weight)
+    return len(facts)
+
+
+def _opened(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    numpy_files = _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("river") != _FORMAT:
+            raise InputError(f"{path}: no saved river of this release ({metadata.get('river', 'no note of one')})")
+        facts = json.loads(metadata["weights"])
+        arrays = numpy_files.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged: {error}") from error
+    if any(f"{key}/{part}" not in arrays for key in facts for part in _PARTS):
+        raise InputError(f"{path}: damaged: it lacks weights that it tells of")
+    return facts, arrays
+
+
+def _hash(parameter: torch.Tensor) -> str:
+    """Of shape, type and every byte."""
+    data = parameter.detach().cpu().contiguous()
+    digest = hashlib.sha256(repr((tuple(data.shape), str(data.dtype))).encode())
+    digest.update(data.view(torch.uint8).numpy().data if data.dim() else data.reshape(1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise MissingExtra("safetensors", "hf", "a saved river") from error
+    return safetensors.numpy
