@@ -53,7 +53,7 @@ def from_pretrained(
         MissingExtra: transformers is not installed.
     """
     given = {"tau": tau, "exact": exact or None}
-    settings = {field: value for field, value in given.items() if value is not None}
+    settings: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     for field in settings:
         if field in (options or {}):
             raise ConfigError(field, "given twice: as an argument and among the options")

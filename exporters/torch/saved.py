@@ -86,7 +86,8 @@ def read(tuned: Tuned, parameters: Mapping[str, torch.Tensor], folder: Path) -> 
         if fact["backbone"] != _hash(parameters[fact["parameter"]]):
             raise InputError(f"{path}: made for other weights than this model's ({fact['parameter']} differs)")
     for key, fact in facts.items():
-        weight = QuantizedWeight(*(arrays[f"{key}/{part}"] for part in _PARTS), fact["bits"])
+        values, scales, zero_points = (arrays[f"{key}/{part}"] for part in _PARTS)
+        weight = QuantizedWeight(values, scales, zero_points, fact["bits"])
         tuned.keep(parameters[fact["parameter"]], fact["quantizer"], fact["transposed"], weight)
     return len(facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping
 
@@ -54,8 +55,11 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS:
-            click.echo(f"error: no command {args[0]!r}; there are {', '.join(COMMANDS)}", err=True)
+        # A shell that completes what was mistyped is told nothing.
+        if args and args[0] not in COMMANDS and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(args[0], COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            click.echo(f"error: no command {args[0]!r}; {hint}", err=True)
             raise click.exceptions.Exit(2)
         return super().resolve_command(ctx, args)
 

@@ -62,7 +62,8 @@ def test_the_module_is_the_command() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["exprot"], "error: no command 'exprot'; there are export, run, eval, calibrate, compare, bench"),
+        (["exprot"], "error: no command 'exprot'; did you mean export?"),
+        (["xyz"], "error: no command 'xyz'; there are export, run, eval, calibrate, compare, bench"),
         (["run", "nowhere.onnx"], "error: "),
         (["export", "--nope"], "error: No such option"),
     ],
@@ -74,9 +75,22 @@ def test_a_mistake_is_one_line(arguments: list[str], line: str) -> None:
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(("words", "expected"), [("river ca", ["calibrate"]), ("river export --head", ["--head-bits"])])
-def test_a_shell_completes_commands_and_options(words: str, expected: list[str]) -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("river ca", ["calibrate"]), ("river export --head", ["--head-bits"]), ("river exprot --", [])],
+)
+def test_a_shell_completes_commands_and_options(shell: str, words: str, expected: list[str]) -> None:
     code = "from river_compile.cli.main import main; main(prog_name='river')"
-    count = str(len(words.split()) - 1)
-    result = _python("-c", code, _RIVER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=count)
-    assert [line.partition(",")[2] for line in result.stdout.splitlines()] == expected
+    # fish gives the word that is being completed, the others its place.
+    place = words.rsplit(maxsplit=1)[-1] if shell == "fish" else str(len(words.split()) - 1)
+    result = _python("-c", code, _RIVER_COMPLETE=f"{shell}_complete", COMP_WORDS=words, COMP_CWORD=place)
+    assert "Traceback" not in result.stderr
+    assert "error" not in result.stderr
+    assert all(word in result.stdout for word in expected)
+
+
+def test_the_old_names_complete_too() -> None:
+    code = "from river_compile.cli.run import main; main(prog_name='river-run')"
+    result = _python("-c", code, _RIVER_RUN_COMPLETE="bash_complete", COMP_WORDS="river-run --exa", COMP_CWORD="1")
+    assert "--exact" in result.stdout
