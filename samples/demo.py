@@ -59,7 +59,7 @@ class Variant:
     max_depth: int | None = None
     seconds: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    rounds: list[list[int]] = field(default_factory=list)
     agreement: float = float("nan")
     config: RiverConfig = field(default_factory=RiverConfig)
     exact: bool = False
@@ -70,7 +70,7 @@ class Variant:
         settings = {"exact": True} if self.exact else {"exact": False, "tau": self.tau, "max_depth": self.max_depth}
         result = self.decoder.generate([prompt], NEW_TOKENS, **settings)
         self.acceptance = result.acceptance
-        self.tokens = result.tokens[0]
+        self.rounds.append(result.tokens[0])
         self.seconds.append(1 / result.tokens_per_second)
         self.depths += result.exit_depths
 
@@ -250,12 +250,12 @@ def main() -> None:
         table.add_row(row.name, f"{rate:.1f}", f"{ratio:.2f}x", f"{depth:.1f}", f"{row.agreement:.0%}", *bound)
     exact = rows[1]
     gain = statistics.median(base / own for base, own in zip(rows[0].seconds[1:], exact.seconds[1:], strict=True))
-    same = "same output" if exact.tokens == rows[0].tokens else "OTHER OUTPUT: this is a bug"
+    same = "same output" if exact.rounds == rows[0].rounds else "OTHER OUTPUT: this is a bug"
     console.print(f"[bold]{gain:.2f} times faster, {same}[/bold] (exact; {exact.acceptance:.0%} of drafts accepted)")
     console.print(table)
     console.print(f"[bold]{QUESTION}[/bold]")
     for row in rows:
-        console.print(f"  {row.name:32s} {_until(tokenizer, row.tokens)!r}")
+        console.print(f"  {row.name:32s} {_until(tokenizer, row.rounds[-1])!r}")
     picture = cache / "exit_depths.png"
     draw(rows, layers, picture)
     console.print(f"Exit depths: {picture}")
