@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "eval": ("evaluate", "Measure what exits cost and what they bring."),
     "calibrate": ("calibrate", "Find the lowest threshold that keeps a promise of fidelity."),
     "compare": ("compare", "Compare what can become of the keys and values of skipped layers."),
+    "plan": ("plan", "Predict sizes and speed from a config alone."),
     "bench": ("bench", "Time a model in PyTorch: eager, by Inductor, and with a river."),
 }
 """Name of a command -> its module in this folder, and a line about it."""

@@ -194,7 +194,8 @@ def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
     times = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
     monkeypatch.setattr(Forms, "times", lambda *_: Times(times, {name: times[name] for name in ("linear", "weight")}))
     monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
-    experience = Experience(None, {(1, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8)})
+    lengths = {(count, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for count in (1, 3)}
+    experience = Experience(None, lengths)
     monkeypatch.setattr("river_compile.backend._experience_of", lambda model: experience)
 
 
