@@ -99,6 +99,12 @@ def prompts(tokenizer: Any, count: int) -> list[list[int]]:
     return [*own[: count - half], *held_out[::step][:half]]
 
 
+def some_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """So many of 40 prompts, evenly thinned."""
+    every = prompts(tokenizer, 40)
+    return every[:: max(1, len(every) // count)][:count]
+
+
 def compare(plain: OnnxDecoder, river: OnnxDecoder, texts: Sequence[Sequence[int]], tokens: int) -> dict[str, Way]:
     """Every way for every prompt, one after the other, so that a busy moment strikes all alike."""
     ways: dict[str, Way] = {name: Way() for name in ("plain", "exact", "text alone", "all quantized")}

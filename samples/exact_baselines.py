@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exact import prompts
+from exact import some_prompts
 from transformers import AutoModelForCausalLM
 
 import river_compile
@@ -55,8 +55,7 @@ def main() -> None:
 
     # Passes of one token, of several, and of the prompt, for two models: Dynamo stops at eight graphs by itself.
     torch._dynamo.config.recompile_limit = 64
-    every = prompts(hub_tokenizer(arguments.folder), 40)
-    texts = [torch.tensor([ids]) for ids in every[:: max(1, len(every) // arguments.prompts)]][: arguments.prompts]
+    texts = [torch.tensor([ids]) for ids in some_prompts(hub_tokenizer(arguments.folder), arguments.prompts)]
     model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype)).eval()
     assistant = with_compiled_forward(four_bits(model))
     target = with_compiled_forward(copy.deepcopy(model))

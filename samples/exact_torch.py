@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from exact import prompts
+from exact import some_prompts
 from transformers import AutoModelForCausalLM
 
 import river_compile
@@ -31,8 +31,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     arguments = parser.parse_args()
 
-    every = prompts(hub_tokenizer(arguments.folder), 40)
-    texts = [torch.tensor([ids]) for ids in every[:: max(1, len(every) // arguments.prompts)]][: arguments.prompts]
+    texts = [torch.tensor([ids]) for ids in some_prompts(hub_tokenizer(arguments.folder), arguments.prompts)]
     model = AutoModelForCausalLM.from_pretrained(arguments.folder, dtype=getattr(torch, arguments.dtype))
     settings = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
     model.eval()
