@@ -23,7 +23,7 @@ from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch import generate, seam
 from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
-from river_compile.exporters.torch.few_rows import MOST, Forms, lower_few_rows
+from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.remembered import Remembered
@@ -57,9 +57,6 @@ __all__ = [
 ]
 
 Compiled = Callable[..., Any]
-
-SHORT = (torch.bfloat16, torch.float16)
-"""Types in which the order of a sum shows in later tokens."""
 
 
 class RiverBackend(State):
@@ -153,6 +150,7 @@ class RiverBackend(State):
         points = insert_exits(graph, anatomy, plan, self.config)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
         share_head(graph, plan, self._head_config, weights)
+        verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits", "share_head"], grown, plan)
         self._lower(plan, parameters, device, rows)
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._dumped)
@@ -173,14 +171,12 @@ class RiverBackend(State):
     ) -> None:
         """Write the backbone's operations as this machine runs them fastest, and if that costs little such that a row
         does not depend on how many are beside it."""
-        pieces = [*plan.pieces, *(twin.river for twin in plan.twins.values())]
-        pieces += [plan.exit_suffix] if plan.exit_suffix else []
         if device.type != "cpu" or not any(value.dtype in SHORT for value in parameters.values()):
             return
         if not isinstance(rows, int) or rows <= MOST:
-            lower_few_rows(pieces, parameters, rows if isinstance(rows, int) else None, self._forms)
+            lower_few_rows(plan.every_piece, parameters, self._forms)
         if rows != 1:
-            for piece in pieces:
+            for piece in plan.every_piece:
                 lower_attention(piece)
 
     @property

@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn import functional
 
 from river_compile.exporters.torch import seam
-from river_compile.exporters.torch.few_rows import MOST
+from river_compile.exporters.torch.few_rows import MOST, SHORT
 from river_compile.passes.fx.graph import operation, value_of
 from river_compile.passes.fx.pieces import Piece
 
@@ -52,7 +52,7 @@ def lower_attention(piece: Piece) -> int:
 
 def _is_of_few_rows(node: fx.Node) -> bool:
     value = value_of(node)
-    if value.dtype not in (torch.bfloat16, torch.float16) or value.dim() != 4:
+    if value.dtype not in SHORT or value.dim() != 4:
         return False
     rows = value.shape[-2]
     return isinstance(rows, torch.SymInt) or 1 < rows <= MOST
@@ -68,7 +68,13 @@ def _grows(key: fx.Node) -> bool:
     return key.op == "call_function" and operation(key) == "cat"
 
 
-def attend_by_row(
+def attend_by_row(*operands: Any) -> torch.Tensor:
+    """The attention of `_attend_by_row`, as one operator: what it does depends on the rows and the mask at hand."""
+    result: torch.Tensor = torch.ops.river_compile.attend_by_row(*operands)
+    return result
+
+
+def _attend_by_row(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -82,19 +88,6 @@ def attend_by_row(
     Args:
         grows: the last keys are those of the rows, in order.
     """
-    result: torch.Tensor = torch.ops.river_compile.attend_by_row(query, key, value, mask, scale, enable_gqa, grows)
-    return result
-
-
-def _attend_by_row(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float | None,
-    enable_gqa: bool,
-    grows: bool,
-) -> torch.Tensor:
     rows, keys = query.shape[-2], key.shape[-2]
     settings: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if not 1 < rows <= MOST:

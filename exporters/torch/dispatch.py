@@ -9,7 +9,7 @@ import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -109,18 +109,13 @@ class _Segment:
                 values[place] = result
 
 
-_Placed = tuple[Product, tuple[int, ...]]
-
-
 @dataclass
 class _Layer:
-    """A layer's two calls. ``similarity`` is the place of the similarity, None where no exit is decided; ``products``
-    are the river's, by the places of their operands, each with the places of its weights."""
+    """A layer's two calls. ``similarity`` is the place of the similarity, None where no exit is decided."""
 
     backbone: _Call
     river: _Call | None = None
     similarity: int | None = None
-    products: dict[tuple[int, ...], _Placed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,20 +182,19 @@ class Dispatcher:
         self._device = state.device
         self.is_decode = state.dim() < 3 or state.shape[1] == 1
         prefix = (self._call(plan.prefix, artifacts),) if plan.prefix else ()
+        self._products: dict[tuple[int, ...], tuple[Product, tuple[int, ...]]] = {}
         self._layers = [
             self._layer(piece, plan.twins.get(index), index, artifacts) for index, piece in enumerate(plan.layers)
         ]
         suffix = (self._call(plan.suffix, artifacts),) if plan.suffix else ()
         exit_suffix = (self._call(plan.exit_suffix, artifacts),) if plan.exit_suffix else suffix
-        self._products = dict(self._placed(plan.exit_products))
+        self._place_products(plan.exit_products)
         self._output = graph.output.args[0]
         self._returned = _flat_places(self._output, self._places)
         self._blank: list[Any] = [None] * (len(self._places) - self._inputs)
         self._program = self._cut(graph, prefix, suffix, exit_suffix)
         members = [name for piece in plan.layers for name in piece.inputs if name in graph.weights]
         self._members = tuple(self._places[name] for name in dict.fromkeys(members))
-        for layer in self._layers:
-            self._products |= layer.products
         river = (places for _, places in self._products.values())
         self._river_weights = tuple(dict.fromkeys(place for places in river for place in places))
         self._weights_of = _getter(self._river_weights)
@@ -360,13 +354,14 @@ class Dispatcher:
         if twin is None:
             return layer
         layer.river = self._call(twin.river, artifacts)
-        layer.products |= self._placed(twin.products)
+        self._place_products(twin.products)
         return layer
 
-    def _placed(self, products: Mapping[tuple[str, ...], Product]) -> Iterator[tuple[tuple[int, ...], _Placed]]:
+    def _place_products(self, products: Mapping[tuple[str, ...], Product]) -> None:
+        """Note the river's products by the places of their operands, each with the places of its weights."""
         for names, product in products.items():
             parameters = tuple(self._places[linear.weight] for linear in product.linears)
-            yield tuple(self._places[name] for name in names), (product, parameters)
+            self._products[tuple(self._places[name] for name in names)] = (product, parameters)
 
 
 def _forgetter(served: dict[int, _Served], key: int) -> Callable[[Any], None]:

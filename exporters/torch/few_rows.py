@@ -23,8 +23,10 @@ from river_compile.passes.fx.graph import value_of
 from river_compile.passes.fx.linear import Linear, find_linears
 from river_compile.passes.fx.pieces import Piece
 
-__all__ = ["MOST", "Forms", "Times", "by_loop", "few_rows", "lower_few_rows", "single_row"]
+__all__ = ["MOST", "SHORT", "Forms", "Times", "by_loop", "few_rows", "lower_few_rows", "single_row"]
 
+SHORT = (torch.bfloat16, torch.float16)
+"""Types in which the order of a sum shows in later tokens."""
 MOST = 16
 """Rows up to which a product counts as one of few rows."""
 WORTH = 0.25
@@ -112,16 +114,14 @@ def _times(forms: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, float]
     return found
 
 
-def lower_few_rows(
-    pieces: Sequence[Piece], parameters: Mapping[str, torch.Tensor], rows: int | None, forms: Forms
-) -> int:
+def lower_few_rows(pieces: Sequence[Piece], parameters: Mapping[str, torch.Tensor], forms: Forms) -> int:
     """Compute the 16-bit products of few rows in the form that was measured to be the fastest; with the weight first
     if all of them together lose no more than `WORTH` by that.
 
     Args:
         parameters: the values that are parameters, by name.
-        rows: of the activations, at most `MOST`; None where a graph serves several numbers.
 
+    Requires: the pieces serve activations of at most `MOST` rows, or of several numbers of rows.
     Ensures: the same products up to the order of their sums. Returns how many were rewritten.
     """
     found = [(piece, linear) for piece in pieces for linear in _products(piece, parameters)]
@@ -133,12 +133,13 @@ def lower_few_rows(
     # By passes of one row, whatever this graph's are: all graphs of a model take the same form.
     weight_first = sum(len(weights) * times[kind].single["weight"] for kind, weights in alike.items())
     fastest = sum(len(weights) * min(times[kind].single.values()) for kind, weights in alike.items())
+    steady = weight_first <= (1 + WORTH) * fastest
     rewritten = 0
     for piece, linear in found:
-        single = _is_single(linear, rows)
+        single = _is_single(linear)
         kind = _kind(linear, parameters[linear.weight])
         measured = times[kind].single if single else times[kind].few
-        form = "weight" if weight_first <= (1 + WORTH) * fastest else min(measured, key=lambda name: measured[name])
+        form = "weight" if steady else min(measured, key=lambda name: measured[name])
         if form != "linear":
             _rewrite(piece, linear, form, single)
             rewritten += 1
@@ -147,16 +148,16 @@ def lower_few_rows(
 
 def _products(piece: Piece, parameters: Collection[str]) -> list[Linear]:
     found = find_linears(piece, parameters, {}, "")
-    return [one for one in found if value_of(one.node).dtype in (torch.bfloat16, torch.float16)]
+    return [one for one in found if value_of(one.node).dtype in SHORT]
 
 
 def _kind(linear: Linear, weight: torch.Tensor) -> tuple[bool, torch.dtype, tuple[int, ...]]:
     return linear.transposed, weight.dtype, tuple(weight.shape)
 
 
-def _is_single(linear: Linear, rows: int | None) -> bool:
-    """The LM head may get the last row only."""
-    return rows == 1 or all(isinstance(size, int) and size == 1 for size in value_of(linear.activation).shape[:-1])
+def _is_single(linear: Linear) -> bool:
+    """Whether it multiplies one row; the LM head may get the last one of several."""
+    return all(isinstance(size, int) and size == 1 for size in value_of(linear.activation).shape[:-1])
 
 
 def _rewrite(piece: Piece, linear: Linear, form: str, single: bool) -> None:

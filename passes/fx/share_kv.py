@@ -36,6 +36,12 @@ class Plan:
         """The pieces of the backbone, in order."""
         return [piece for piece in (self.prefix, *self.layers, self.suffix) if piece is not None]
 
+    @property
+    def every_piece(self) -> list[Piece]:
+        """The pieces of the backbone, and those of the river."""
+        exit_suffix = [] if self.exit_suffix is None else [self.exit_suffix]
+        return [*self.pieces, *(twin.river for twin in self.twins.values()), *exit_suffix]
+
 
 def share_kv(graph: FxGraph, anatomy: Anatomy, river: River) -> Plan:
     """Put layers and twins in their place, so that whichever twin runs reads and writes the same values of the graph.

@@ -100,8 +100,9 @@ def _plan_problem(graph: FxGraph, plan: Plan) -> str:
     if lost:
         return f"the result {lost[0]} is not made"
     known = {symbol for node in graph.placeholders for symbol in symbols_of(value_of(node))}
-    pieces = [*plan.pieces, *(twin.river for twin in plan.twins.values())]
-    unbound = [(symbol, piece) for piece in pieces for symbol in _unbound(piece, known)]
+    if plan.exit_suffix is not None and (plan.suffix is None or plan.exit_suffix.outputs != plan.suffix.outputs):
+        return "what takes the suffix's place after an exit yields other values"
+    unbound = [(symbol, piece) for piece in plan.every_piece for symbol in _unbound(piece, known)]
     return f"the size {unbound[0][0]} is bound by no operand of {unbound[0][1].outputs[0]}" if unbound else ""
 
 

@@ -14,6 +14,7 @@ import torch
 from river_compile.config import NEVER
 from river_compile.errors import ConfigError
 from river_compile.exporters.onnx.kv_cache import CACHE_ARGUMENTS
+from river_compile.exporters.torch.few_rows import SHORT
 from river_compile.runtime import hf_cache
 from river_compile.runtime.exact import Drafting, Experience, exact_steps
 from river_compile.runtime.protocol import Passes, State
@@ -46,7 +47,7 @@ class HfPasses(Passes):
             raise ConfigError("exact", "needs a KV cache (use_cache=True)")
         self._arguments = dict(arguments)
         hf_cache.prepare(self._arguments[self._cache_name], length)
-        self.coarse = model.dtype in (torch.bfloat16, torch.float16)
+        self.coarse = model.dtype in SHORT
         # In 16 bits a row may come out otherwise in a smaller batch.
         self.fixed_batch = self.coarse or hf_cache.is_static(self._arguments[self._cache_name])
         self._takes = inspect.signature(model.prepare_inputs_for_generation).parameters

@@ -82,7 +82,7 @@ def test_float32_stays() -> None:
     parameters = {node.name: torch.empty(0) for node in decode.placeholders}
     for piece in plan.pieces:
         before = signature(piece)
-        assert lower_few_rows([piece], parameters, 1, Measured(linear=3, loop=2, weight=1)) == 0
+        assert lower_few_rows([piece], parameters, Measured(linear=3, loop=2, weight=1)) == 0
         assert signature(piece) == before
 
 

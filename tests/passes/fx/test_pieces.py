@@ -15,6 +15,7 @@ from river_compile.passes.fx.graph import FxGraph, value_of
 from river_compile.passes.fx.grow_river import Product, River, grow_river
 from river_compile.passes.fx.insert_exits import insert_exits, similarity, similarity_name
 from river_compile.passes.fx.pieces import signature
+from river_compile.passes.fx.share_head import share_head
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
 from tests.torch_models import capture
@@ -152,6 +153,17 @@ def test_verify_catches_a_piece_that_is_missing(decode: FxGraph) -> None:
     del plan.layers[2]
     with pytest.raises(PassError, match="the backbone lost"):
         verify(decode, anatomy, ["share_kv"], river, plan)
+
+
+def test_verify_catches_a_head_that_yields_other_values(decode: FxGraph) -> None:
+    config = RiverConfig(head_bits=8)
+    anatomy, river, plan = passes(decode, config)
+    assert share_head(decode, plan, config, FloatWeights())
+    verify(decode, anatomy, ["share_head"], river, plan)
+    assert plan.exit_suffix is not None
+    plan.exit_suffix = dataclasses.replace(plan.exit_suffix, outputs=("another",))
+    with pytest.raises(PassError, match="after an exit yields other values"):
+        verify(decode, anatomy, ["share_head"], river, plan)
 
 
 def test_verify_catches_layers_that_do_not_follow_each_other(decode: FxGraph) -> None:
