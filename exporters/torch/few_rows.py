@@ -2,8 +2,8 @@
 
 A product of few rows is bound by reading its weight, and which form reads it fastest differs from CPU to CPU: torch's
 linear layer ("linear"); for one row a sum that Inductor makes a loop over the weight of ("loop"); or a product with the
-weight first and at least two columns ("weight"). The last has a second merit: a row comes out the same to the last bit
-however many rows are computed beside it. Exact decoding lives on that.
+weight first and at least two columns ("weight"). The last has a second merit where a machine shows it: a row comes out
+the same to the last bit however many rows are computed beside it. Exact decoding lives on that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from river_compile.passes.fx.graph import value_of
 from river_compile.passes.fx.linear import Linear, find_linears
 from river_compile.passes.fx.pieces import Piece
 
-__all__ = ["MOST", "SHORT", "Forms", "Times", "by_loop", "few_rows", "lower_few_rows", "single_row"]
+__all__ = ["MOST", "SHORT", "Forms", "Times", "by_loop", "few_rows", "is_steady", "lower_few_rows", "single_row"]
 
 SHORT = (torch.bfloat16, torch.float16)
 """Types in which the order of a sum shows in later tokens."""
@@ -35,14 +35,17 @@ decoding says what plain decoding says."""
 
 _FEW = 4
 _ROUNDS, _TIMED, _JOINED = 4, 12, 4
+_COMPARED = 2**17
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a product by form: of one row, and of `_FEW` rows."""
+    """Seconds of a product by form: of one row, and of `_FEW` rows; whether a row comes out the same to the last bit
+    however many are beside it, with the weight first."""
 
     single: Mapping[str, float]
     few: Mapping[str, float]
+    steady: bool
 
 
 class Forms:
@@ -85,7 +88,8 @@ class Forms:
             "weight": _each(lambda weight: torch.mm(weight, rows.t()), together),
         }
         of_one = 1 / len(together[0])
-        return Times(*({name: of_one * t for name, t in _times(forms).items()} for forms in (single, few)))
+        seconds = [{name: of_one * t for name, t in _times(forms).items()} for forms in (single, few)]
+        return Times(*seconds, steady=is_steady(weights[0]))
 
     def _loop(self, row: torch.Tensor, weights: Sequence[torch.Tensor]) -> Callable[..., Any]:
         """Several products in one piece, as a layer has them: calling a piece costs as well."""
@@ -93,6 +97,28 @@ class Forms:
         activation, *operands = (graph.placeholder(f"operand_{place}") for place in range(len(weights) + 1))
         graph.output(tuple(graph.call_function(by_loop, (activation, operand, None)) for operand in operands))
         return self._compiler(fx.GraphModule({}, graph), [row, *weights])
+
+
+def is_steady(weight: torch.Tensor) -> bool:
+    """Whether a row comes out the same to the last bit however many rows, up to `MOST`, are beside it.
+
+    Kernels choose their blocks by the shape, so this is asked of each shape, and of so many numbers that blocks which
+    differ show: most sums round to the same 16 bits in any order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs = weight.shape
+    compared = 0
+    with torch.no_grad():
+        while compared < _COMPARED:
+            # Small weights are not the model's: some are zero at the start of training.
+            other = torch.randn(outputs, inputs, generator=generator).to(weight.dtype) if compared else weight.detach()
+            rows = torch.randn(MOST, inputs, generator=generator).to(weight.dtype)
+            alone = torch.cat([single_row(row[None], other, None) for row in rows])
+            for count in range(2, MOST + 1):
+                if not torch.equal(few_rows(rows[:count], other, None), alone[:count]):
+                    return False
+                compared += count * outputs
+    return True
 
 
 def _each(form: Callable[[torch.Tensor], Any], together: Sequence[Sequence[torch.Tensor]]) -> list[Callable[[], Any]]:
@@ -116,7 +142,7 @@ def _times(forms: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, float]
 
 def lower_few_rows(pieces: Sequence[Piece], parameters: Mapping[str, torch.Tensor], forms: Forms) -> int:
     """Compute the 16-bit products of few rows in the form that was measured to be the fastest; with the weight first
-    if all of them together lose no more than `WORTH` by that.
+    if a row then comes out the same beside any others, and all of them together lose no more than `WORTH` by that.
 
     Args:
         parameters: the values that are parameters, by name.
@@ -133,7 +159,7 @@ def lower_few_rows(pieces: Sequence[Piece], parameters: Mapping[str, torch.Tenso
     # By passes of one row, whatever this graph's are: all graphs of a model take the same form.
     weight_first = sum(len(weights) * times[kind].single["weight"] for kind, weights in alike.items())
     fastest = sum(len(weights) * min(times[kind].single.values()) for kind, weights in alike.items())
-    steady = weight_first <= (1 + WORTH) * fastest
+    steady = all(one.steady for one in times.values()) and weight_first <= (1 + WORTH) * fastest
     rewritten = 0
     for piece, linear in found:
         single = _is_single(linear)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 import river_compile
 from river_compile.errors import ConfigError
 from river_compile.exporters.torch import seam
-from river_compile.exporters.torch.few_rows import Forms, Times
+from river_compile.exporters.torch.few_rows import Forms, Times, is_steady
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.runtime import hf_exact
 from river_compile.runtime.drafting import Costs, DraftLength
@@ -192,7 +192,8 @@ def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
 def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
     """Products with the weight first take this time, and others 1."""
     times = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
-    monkeypatch.setattr(Forms, "times", lambda *_: Times(times, {name: times[name] for name in ("linear", "weight")}))
+    few = {name: times[name] for name in ("linear", "weight")}
+    monkeypatch.setattr(Forms, "times", lambda *_: Times(times, few, steady=True))
     monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
     lengths = {(count, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for count in (1, 3)}
     experience = Experience(None, lengths)
@@ -215,8 +216,10 @@ def test_a_model_compiled_twice_drafts_as_each_time_asked() -> None:
 @pytest.mark.parametrize("family", ("llama", "qwen2"))
 def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a near tie comes up, since a pass of several tokens is that of one to the last bit."""
-    _steady(monkeypatch, 1.0)
     model = random_model(family).to(torch.bfloat16)
+    if not all(is_steady(weight) for weight in model.parameters() if weight.dim() == 2):
+        pytest.skip("this CPU's products of a row depend on the rows beside it")
+    _steady(monkeypatch, 1.0)
     plain = torch.compile(model, backend="river", options={"tau": 2.0}).generate(**_arguments(1))
     compiled = torch.compile(model, backend="river", options={"exact": True})
     with warnings.catch_warnings():
