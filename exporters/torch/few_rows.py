@@ -88,8 +88,8 @@ class Forms:
             "weight": _each(lambda weight: torch.mm(weight, rows.t()), together),
         }
         of_one = 1 / len(together[0])
-        seconds = [{name: of_one * t for name, t in _times(forms).items()} for forms in (single, few)]
-        return Times(*seconds, steady=is_steady(weights[0]))
+        of_single, of_few = ({name: of_one * t for name, t in _times(forms).items()} for forms in (single, few))
+        return Times(of_single, of_few, steady=is_steady(weights[0]))
 
     def _loop(self, row: torch.Tensor, weights: Sequence[torch.Tensor]) -> Callable[..., Any]:
         """Several products in one piece, as a layer has them: calling a piece costs as well."""

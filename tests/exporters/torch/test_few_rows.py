@@ -121,9 +121,15 @@ def test_the_fastest_form_is_taken(
     assert found == {name: (2 * 7 + 1) * (name == expected) for name in found}
 
 
-@pytest.mark.parametrize("form", ["linear", "loop", "weight"])
 @pytest.mark.parametrize(
-    ("family", "cache"), [("llama", "static"), ("qwen2", "dynamic"), ("gpt2", "static"), ("gemma2", "dynamic")]
+    ("form", "family", "cache"),
+    [
+        ("linear", "llama", "static"),
+        ("loop", "gpt2", "static"),
+        ("loop", "qwen2", "dynamic"),
+        ("weight", "gpt2", "static"),
+        ("weight", "gemma2", "dynamic"),
+    ],
 )
 def test_a_bfloat16_model_says_what_it_said(
     form: str, family: str, cache: str, monkeypatch: pytest.MonkeyPatch
