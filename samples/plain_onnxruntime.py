@@ -39,7 +39,7 @@ def main(path: str, prompt: list[int], new_tokens: int = 16, tau: float = 0.95) 
         past = {name: result[name.replace("past_key_values", "present")] for name in past}
         new = [int(result["logits"][0, -1].argmax())]
         tokens += new
-        print(f"token {new[0]:6d}   exit depth {result.get('river.exit_depth', 'all')}")
+        print(f"token {new[0]:6d}   exit depth {result.get('river.exit_depth', ['all'])[0]}")
     return tokens
 
 

@@ -94,7 +94,7 @@ class OnnxReference:
         wanted = {value.name for value in self.session.get_inputs()}
         names = ["logits", "river.exit_depth"]
         logits, exit_depth = self.session.run(names, {name: value for name, value in feeds.items() if name in wanted})
-        return logits[:, -1].astype(np.float32), int(exit_depth)
+        return logits[:, -1].astype(np.float32), exit_depth.item()
 
 
 def compare(decoder: TensorRTDecoder, reference: OnnxReference, ids: np.ndarray) -> bool:

@@ -113,7 +113,7 @@ class _Callable:
 
 class CondDecoder(nn.Module):
     """The rewritten graph as a module: the inputs of the decoder, then tau and the depth limit; its outputs, then the
-    exit depth, int64 []. Each layer with a twin is one ``torch.cond`` whose branches return hidden state, keys and
+    exit depth, int64 [1]. Each layer with a twin is one ``torch.cond`` whose branches return hidden state, keys and
     values; nothing is written in place.
     """
 
@@ -150,7 +150,7 @@ class CondDecoder(nn.Module):
             exited = self._branch(layer, river, exited, tau, values, decides=index + 1 in self._points)
         if self._suffix is not None:
             self._suffix.run(values)
-        return (*(values[name] for name in self._results), depth)
+        return (*(values[name] for name in self._results), depth.reshape(1))
 
     def _branch(
         self,

@@ -40,7 +40,7 @@ def insert_exits(
     no decision. Padding tokens have no say where the model has an ``attention_mask`` [batch, past + sequence].
 
     Requires: the Ifs that `share_kv` made of this graph.
-    Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [], the number of
+    Ensures: with tau above 1 the branches taken are those of `share_kv`; ``river.exit_depth``, int64 [1], the number of
     backbone layers that ran, is an output if the config wants it. Returns the depths at which an exit may be decided.
     """
     points = exit_points(anatomy, branches, config)
@@ -166,15 +166,16 @@ def _constant_flag(branch: gs.Graph, name: str) -> gs.Variable:
 
 
 def _exit_depth(graph: OnnxGraph, conditions: Sequence[gs.Tensor], layers: int) -> None:
-    total = graph.add_weight("river/layers", np.array(layers, np.int64))
-    depth = gs.Variable(EXIT_DEPTH, np.int64, [])
+    total = graph.add_weight("river/layers", np.array([layers], np.int64))
+    # Not a scalar: runtimes that bind buffers of their own to outputs do not all take those.
+    depth = gs.Variable(EXIT_DEPTH, np.int64, [1])
     graph.surgeon.outputs.append(depth)
-    graph.added_outputs.append(onnx.helper.make_tensor_value_info(EXIT_DEPTH, onnx.TensorProto.INT64, []))
+    graph.added_outputs.append(onnx.helper.make_tensor_value_info(EXIT_DEPTH, onnx.TensorProto.INT64, [1]))
     if not conditions:
         graph.nodes.append(gs.Node("Identity", "river/depth", inputs=[total], outputs=[depth]))
         return
     chain = _Chain(graph.nodes, "river/depth/")
     flags = chain.add("Concat", conditions, bool, axis=0)
     numbers = chain.add("Cast", [flags], np.int64, to=onnx.TensorProto.INT64)
-    in_river = chain.add("ReduceSum", [numbers], np.int64, keepdims=0)
+    in_river = chain.add("ReduceSum", [numbers], np.int64, keepdims=1)
     graph.nodes.append(gs.Node("Sub", "river/depth", inputs=[total, in_river], outputs=[depth]))

@@ -188,7 +188,7 @@ class OnnxDecoder(Decoder):
         outputs = self._run(feeds | state.caches)
         state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
         state.read(ids, mask)
-        depth = int(outputs[_EXIT_DEPTH].numpy()) if _EXIT_DEPTH in outputs else None
+        depth = outputs[_EXIT_DEPTH].numpy().item() if _EXIT_DEPTH in outputs else None
         logits = outputs[self.signature.logits].numpy().astype(np.float32, copy=False)
         return logits.reshape(len(ids), -1, logits.shape[-1]), depth
 

@@ -111,7 +111,7 @@ def test_each_layer_can_have_a_threshold_of_its_own(exported: Exported, tmp_path
             ids = rng.integers(3, VOCABULARY, (2, tokens))
             found, expected = ours.step(ids), spine.step(ids, tau=tau)
             assert_close(found, expected)
-            depths.add(int(found["river.exit_depth"]))
+            depths.add(found["river.exit_depth"].item())
             assert found["river.exit_depth"] == expected["river.exit_depth"]
     assert len(depths) > 1
 

@@ -77,7 +77,7 @@ def test_exit_depth_is_what_the_similarities_say(
     runner = session(river)
     found = set()
     for tau in _taus(expected):
-        depth = int(Player(runner, batch).step(ids, tau=tau)["river.exit_depth"])
+        depth = Player(runner, batch).step(ids, tau=tau)["river.exit_depth"].item()
         assert depth == _depth(expected, tau)
         found.add(depth)
     assert LAYERS in found
@@ -91,7 +91,7 @@ def test_padding_has_no_say(river: Path, similarities: Callable[..., np.ndarray]
     runner = session(river)
     real = np.where(mask.astype(bool), expected, np.inf)
     for tau in _taus(real):
-        assert int(Player(runner, 2).step(ids, mask, tau=tau)["river.exit_depth"]) == _depth(real, tau)
+        assert Player(runner, 2).step(ids, mask, tau=tau)["river.exit_depth"].item() == _depth(real, tau)
 
 
 def test_min_depth_and_every_kth_layer_limit_the_exits(
@@ -110,7 +110,7 @@ def test_min_depth_and_every_kth_layer_limit_the_exits(
         for tau in (-1.0, *_taus(expected)):
             depth = _depth(expected, tau, points)
             river_layers = [layer for layer in range(depth, LAYERS) if layer not in config.kept(LAYERS)]
-            ran = int(Player(runner, 1).step(ids, tau=tau)["river.exit_depth"])
+            ran = Player(runner, 1).step(ids, tau=tau)["river.exit_depth"].item()
             assert ran == LAYERS - len(river_layers)
 
 
@@ -118,16 +118,16 @@ def test_tau_has_a_default_that_needs_no_feeding_and_can_be_set_per_run(llama: P
     export(llama, tmp_path / "m.onnx", RiverConfig(tau=-1.0))
     runner = session(tmp_path / "m.onnx")
     ids = _ids(0, 1, 3)
-    assert int(Player(runner, 1).step(ids)["river.exit_depth"]) == 1
-    assert int(Player(runner, 1).step(ids, tau=1.5)["river.exit_depth"]) == LAYERS
-    assert int(Player(runner, 1).step(ids)["river.exit_depth"]) == 1
+    assert Player(runner, 1).step(ids)["river.exit_depth"].item() == 1
+    assert Player(runner, 1).step(ids, tau=1.5)["river.exit_depth"].item() == LAYERS
+    assert Player(runner, 1).step(ids)["river.exit_depth"].item() == 1
 
 
 def test_max_depth_is_a_default_too(llama: Path, tmp_path: Path) -> None:
     export(llama, tmp_path / "m.onnx", RiverConfig(tau=2.0, max_depth=2))
     runner = session(tmp_path / "m.onnx")
-    assert int(Player(runner, 1).step(_ids(0, 1, 3))["river.exit_depth"]) == 2
-    assert int(Player(runner, 1).step(_ids(0, 1, 3), max_depth=0)["river.exit_depth"]) == 0
+    assert Player(runner, 1).step(_ids(0, 1, 3))["river.exit_depth"].item() == 2
+    assert Player(runner, 1).step(_ids(0, 1, 3), max_depth=0)["river.exit_depth"].item() == 0
 
 
 @pytest.mark.parametrize("value", (np.nan, np.inf))
@@ -142,7 +142,7 @@ def test_what_is_not_a_number_never_exits(exported: Exported, tmp_path: Path, va
     export(tmp_path / "spoiled.onnx", tmp_path / "m.onnx", RiverConfig(min_depth=2))
     outputs = Player(session(tmp_path / "m.onnx"), 1).step(_ids(0, 1, 3), tau=-1.0)
     assert not np.isfinite(outputs["logits"]).all()
-    assert int(outputs["river.exit_depth"]) == LAYERS
+    assert outputs["river.exit_depth"].item() == LAYERS
 
 
 def test_the_exit_depth_output_can_be_left_out(llama: Path, tmp_path: Path) -> None:
