@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from river_compile.config import NEVER
 from river_compile.errors import InputError, PassError
 from river_compile.exporters.onnx.normal_form import without_weights
 from river_compile.exporters.onnx.rewrite import Rewrite
+from river_compile.exporters.onnx.signature import Signature
 from river_compile.passes.onnx.insert_exits import TAU
 from river_compile.passes.onnx.share_kv import MAX_DEPTH
 
@@ -148,13 +150,25 @@ def _run_original(path: Path, caches: _Shapes) -> tuple[dict[str, np.ndarray], d
         raise InputError(f"ONNX Runtime's CPU cannot load the original: {_one_line(error)}") from error
     names = [value.name for value in session.get_outputs()]
     problem = ""
-    for past in _PASTS:
-        try:
-            feeds = dict(_feeds(session.get_inputs(), caches, past))
-            return dict(zip(names, session.run(names, feeds), strict=True)), feeds
-        except Exception as error:
-            problem = problem or _one_line(error)
+    ways: tuple[Callable[[], _Shapes], ...] = (lambda: caches, partial(_measured_shapes, session, path))
+    for shapes in ways:
+        for past in _PASTS:
+            try:
+                feeds = dict(_feeds(session.get_inputs(), shapes(), past))
+                return dict(zip(names, session.run(names, feeds), strict=True)), feeds
+            except Exception as error:
+                problem = problem or _one_line(error)
     raise InputError(f"the original does not run with what its signature asks for: {problem}")
+
+
+def _measured_shapes(session: Any, path: Path) -> _Shapes:
+    """Shapes of caches as `Signature` finds them, by short runs where it must: operators that ONNX does not know, such
+    as GenAI's, leave inference without an answer."""
+    signature = Signature.of(session, partial(onnx.load, str(path), load_external_data=False), path.parent)
+    return {
+        slot.past: [None if axis == slot.axis and not slot.static else size for axis, size in enumerate(slot.sizes)]
+        for slot in signature.slots
+    }
 
 
 def _feeds(inputs: Sequence[Any], caches: _Shapes, past: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -38,6 +38,7 @@ Examples:
   river-export model.onnx                       writes model.river.onnx beside it
   river-export model.onnx --dry-run             what is found and what would be made
   river-export path/to/hf_model -o out.onnx     a Hugging Face folder, exported to ONNX first
+  river-export path/to/model -o out_dir         of Hugging Face, optimum or GenAI: a folder that the same tool loads
   river-export model.onnx --tau 0.95 --min-depth 2
   river-export model.onnx --bits-for '*down_proj*=8' --keep-layers 0,-1
   river-export model.onnx --activations float   the paper's W4A16, slower on a CPU
@@ -75,7 +76,8 @@ def _bits_for(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="File to write.  [default: MODEL.river.onnx]  With --target tensorrt: keep the engine's ONNX.",
+    help="File to write, or, if MODEL is a folder or a hub name and this does not end in .onnx, the folder.  [default: "
+    "MODEL.river.onnx]  With --target tensorrt: keep the engine's ONNX.",
 )
 @click.option(
     "--tau",
@@ -161,6 +163,11 @@ def _bits_for(
     help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
 )
 @click.option(
+    "--keep-original",
+    is_flag=True,
+    help="Into a folder: the original graph too, original.onnx, on the same file of weights.",
+)
+@click.option(
     "--check/--no-check",
     default=True,
     show_default=True,
@@ -197,6 +204,7 @@ def main(
     sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
+    keep_original: bool,
     check: bool,
     target: str,
     engine: Path | None,
@@ -214,8 +222,9 @@ def main(
 ) -> None:
     """Give a decoder-only language model an exit river.
 
-    MODEL is an ONNX file with a KV cache in its signature, or a folder or hub name of a Hugging Face model. The result
-    has the same inputs and outputs, and runs in ONNX Runtime wherever the original does.
+    MODEL is an ONNX file with a KV cache in its signature, a folder or hub name of a Hugging Face model, or a folder of
+    optimum or of ONNX Runtime GenAI. The result has the same inputs and outputs, and runs in ONNX Runtime wherever the
+    original does.
     """
     config = RiverConfig(
         tau=tau,
@@ -270,7 +279,16 @@ def main(
             planned = None
             tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
             quality = None if no_quality else _quality(model, tokenizer, chat)
-            report = export(model, output, config, tuning=tuning, quality=quality, progress=progress, check=check)
+            report = export(
+                model,
+                output,
+                config,
+                tuning=tuning,
+                quality=quality,
+                progress=progress,
+                check=check,
+                keep_original=keep_original,
+            )
             text = report.to_json()
     if as_json:
         click.echo(text)

@@ -24,6 +24,7 @@ Examples:
   river-run model.engine --tokenizer path --prompt "Once upon a time"
   river-run model.engine --tokenizer path --prompt Hello --tau 0.95 --jit-cache model.jit
   river-run model.river.onnx --tokenizer path --prompt Hello       the same in ONNX Runtime, on the CPU
+  river-run out_dir --prompt Hello                                 a folder of river-export's, with its tokenizer
   river-run model.river.onnx --tokenizer path --prompt Hello --exact     the original model's own tokens, faster
 """
 
@@ -69,8 +70,13 @@ def main(
 ) -> None:
     """Generate text with a TensorRT engine (on a GPU), or with an exported ONNX model (on the CPU).
 
-    MODEL is an engine that `river-export --target tensorrt` built, with its side file beside it, or an .onnx file.
+    MODEL is an engine that `river-export --target tensorrt` built, with its side file beside it, an .onnx file, or a
+    folder that `river-export` made, which has its tokenizer with it.
     """
+    if model.is_dir():
+        from river_compile.exporters.onnx.folder import river_in
+
+        model, tokenizer = river_in(model), tokenizer or str(model)
     if info and model.suffix == ".onnx":
         from river_compile.runtime import OnnxDecoder
 

@@ -80,9 +80,16 @@ def save_model(folder: Path) -> Path:
 
 
 def check_river(model: Path, tokenizer: Path, river: Path, expected: list[int], work: Path) -> None:
-    """`river-export`, `river-eval` and generation take a model that should say ``expected``."""
-    assert OnnxDecoder(model).generate([PROMPT], NEW_TOKENS).tokens == [expected]
-    made = CliRunner().invoke(river_export, [str(a) for a in (model, "--tau", "2", "-o", river, "--external-data")])
+    """`river-export`, `river-eval` and generation take a model that should say ``expected``.
+
+    Args:
+        model: an ONNX file, or a folder that one lies in.
+        river: the river model's file; where the model is a folder, in a folder that is made of it.
+    """
+    source = model if model.is_file() else model / river.name
+    assert OnnxDecoder(source).generate([PROMPT], NEW_TOKENS).tokens == [expected]
+    output = ("-o", river, "--external-data") if model.is_file() else ("-o", river.parent)
+    made = CliRunner().invoke(river_export, [str(a) for a in (model, "--tau", "2", *output)])
     assert made.exit_code == 0, made.output
     decoder = OnnxDecoder(river)
     assert decoder.generate([PROMPT], NEW_TOKENS).tokens == [expected]
