@@ -12,6 +12,7 @@ from river_compile.errors import ConfigError
 from river_compile.export_file import Steps, as_onnx, export_file
 from river_compile.export_folder import export_folder, folder_for
 from river_compile.reports import ExportReport, Plan, PlannedLinear, Progress, QualityTexts, TuningTexts
+from river_compile.triton import export_repository
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from river_compile.exporters.tensorrt.build import EngineOptions
     from river_compile.exporters.tensorrt.engine import EngineInfo
 
-__all__ = ["build_engine", "export", "plan"]
+__all__ = ["LAYOUTS", "build_engine", "export", "plan"]
+
+LAYOUTS = ("tool", "triton")
 
 
 def export(
@@ -32,6 +35,7 @@ def export(
     progress: Progress | None = None,
     check: bool = True,
     keep_original: bool = False,
+    layout: str = LAYOUTS[0],
 ) -> ExportReport:
     """Give a decoder an exit river, as an ONNX model for ONNX Runtime.
 
@@ -50,6 +54,8 @@ def export(
         check: look at the result before it takes its name: ONNX's checker, and one tiny pass in ONNX Runtime beside the
             original. Files that fail are not written.
         keep_original: into a folder, write the original graph too, as ``original.onnx``, on the same file of weights.
+        layout: "tool": as above. "triton": ``output`` is a model repository of Triton Inference Server, and the model
+            goes into a folder of its own in it, with its configuration.
 
     Returns:
         What was found and made.
@@ -61,6 +67,15 @@ def export(
         PassError: the result failed the check; it names the passes that ran, the culprit last.
     """
     config = config or RiverConfig()
+    if layout not in LAYOUTS:
+        raise ConfigError("layout", f"must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if layout == "triton":
+        if keep_original:
+            raise ConfigError("keep_original", "is for a tool's folder; a repository serves one model of a name")
+        repository = None if output is None else Path(output)
+        return export_repository(
+            model, repository, config, tuning=tuning, quality=quality, progress=progress, check=check
+        )
     source = folder_for(model, output)
     if source is None:
         if keep_original:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from river_compile.backend import river as river_backend
 from river_compile.backend import tuned_weights
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
@@ -66,7 +67,7 @@ def from_pretrained(
         load_river(model, river)
         kept = {quantizer for weight in model.parameters() for quantizer, _, _ in tuned_weights().of(weight)}
         settings.setdefault("quantizer", min(kept))
-    compiled: Any = torch.compile(model.requires_grad_(False), backend="river", options=settings)
+    compiled: Any = torch.compile(model.requires_grad_(False), backend=river_backend, options=settings)
     if warm_up:
         vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         ids = torch.arange(_WARM_UP_TOKENS, device=device)[None] % vocabulary

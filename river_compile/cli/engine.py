@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -143,6 +144,35 @@ def build(
         click.echo(info.to_json())
     else:
         _show(Console(quiet=quiet, highlight=False), info, engine, onnx_output)
+
+
+def build_into_repository(
+    model: str,
+    repository: Path | None,
+    config: RiverConfig,
+    options: EngineOptions,
+    tuning: Tuning | None,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Build an engine into a model repository of Triton.
+
+    Raises:
+        ConfigError: no repository is named, or the engine would have no weights in it.
+        InputError: Triton does not load what the runtime builds.
+    """
+    from river_compile.exporters.tensorrt.runtime import load_runtime
+    from river_compile.triton import check_repository, check_runtime, name_of, write_engine
+
+    target, name = check_repository(repository), name_of(model)
+    check_runtime(load_runtime(options.runtime).name)
+    if options.weightless:
+        raise ConfigError("weightless", "Triton fits no weights into an engine")
+    with tempfile.TemporaryDirectory(prefix=".river-", dir=target) as folder:
+        engine = Path(folder) / "model.engine"
+        build(model, engine, None, config, options, tuning, quiet=quiet, as_json=as_json)
+        click.echo(f"wrote {write_engine(engine, target, name)}", err=as_json)
 
 
 def _beside(model: Path) -> Path:

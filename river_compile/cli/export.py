@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from river_compile.cli.console import progress_bars, river_command
-from river_compile.cli.engine import build, engine_options, refuse_engine_options, river_defaults
+from river_compile.cli.engine import build, build_into_repository, engine_options, refuse_engine_options, river_defaults
 from river_compile.cli.export_report import show_plan, show_report
 from river_compile.cli.options import (
     bits_option,
@@ -163,6 +163,14 @@ def _bits_for(
     help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
 )
 @click.option(
+    "--layout",
+    type=choice(("tool", "triton")),
+    default="tool",
+    show_default=True,
+    help="What a folder that is written into is: the tool's that MODEL is of, or a model repository of Triton "
+    "Inference Server.",
+)
+@click.option(
     "--keep-original",
     is_flag=True,
     help="Into a folder: the original graph too, original.onnx, on the same file of weights.",
@@ -204,6 +212,7 @@ def main(
     sensitivity: Path | None,
     no_extra_output: bool,
     external_data: bool | None,
+    layout: str,
     keep_original: bool,
     check: bool,
     target: str,
@@ -266,7 +275,10 @@ def main(
                 weightless=weightless,
             )
             tuning = _tuning(model, config, tokenizer, tuning_texts, chat)
-            build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
+            if layout == "triton":
+                build_into_repository(model, output, config, options, tuning, quiet=quiet, as_json=as_json)
+            else:
+                build(model, engine, output, config, options, tuning, quiet=quiet, as_json=as_json)
             return
     else:
         refuse_engine_options(click.get_current_context())
@@ -288,6 +300,7 @@ def main(
                 progress=progress,
                 check=check,
                 keep_original=keep_original,
+                layout=layout,
             )
             text = report.to_json()
     if as_json:

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "calibrate": ("calibrate", "Find the lowest threshold that keeps a promise of fidelity."),
     "compare": ("compare", "Compare what can become of the keys and values of skipped layers."),
     "plan": ("plan", "Predict sizes and speed from a config alone."),
+    "lm-eval": ("lm_eval", "Evaluate on the tasks of EleutherAI's harness."),
     "bench": ("bench", "Time a model in PyTorch: eager, by Inductor, and with a river."),
 }
 """Name of a command -> its module in this folder, and a line about it."""

@@ -1,0 +1,283 @@
+"""A model repository of Triton Inference Server: ``REPOSITORY/NAME/config.pbtxt`` and ``REPOSITORY/NAME/1/...``.
+
+What is written follows the sources of Triton's core and of its onnxruntime and tensorrt backends: optional inputs are
+the overridable initializers of a model without batching (``max_batch_size: 0``), a KV cache is a state of the sequence
+batcher, and a state's variable sizes are 1 in the first request of a sequence.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from river_compile.config import RiverConfig
+from river_compile.errors import ConfigError, InputError, RiverError
+from river_compile.export_file import export_file
+from river_compile.exporters.onnx.folder import staged_folder
+from river_compile.reports import ExportReport, Progress, QualityTexts, TuningTexts
+
+if TYPE_CHECKING:
+    import torch
+
+    from river_compile.exporters.tensorrt.engine import EngineInfo
+    from river_compile.runtime import OnnxDecoder
+
+__all__ = [
+    "SEQUENCES",
+    "check_repository",
+    "check_runtime",
+    "config_of_engine",
+    "config_of_onnx",
+    "export_repository",
+    "name_of",
+    "write_engine",
+    "write_onnx",
+]
+
+SEQUENCES = 16
+"""Sequences that are served at once, each with a cache of its own, where it is not told."""
+
+_CONFIG, _ONNX, _ENGINE, _VERSION = "config.pbtxt", "model.onnx", "model.plan", "1"
+_TYPES = {
+    "float": "FP32",
+    "float32": "FP32",
+    "float16": "FP16",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An input or output; sizes that vary are -1."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class _State:
+    """A tensor of the KV cache and the output that continues it."""
+
+    past: _Tensor
+    present: str
+
+
+def _check_name(name: str) -> str:
+    """A model's name, which is a folder's.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ConfigError("output", f"{name!r} is no name of a model: letters, digits, '_', '-' and '.'")
+    return name
+
+
+def write_onnx(model: Path, repository: Path, name: str, sequences: int = SEQUENCES) -> Path:
+    """Move a river model's files into a repository, with its configuration for the onnxruntime backend.
+
+    A model of that name is replaced; others are left alone.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        InputError: see `config_of_onnx`.
+        RiverError: the repository cannot be written.
+    """
+    from river_compile.runtime import OnnxDecoder
+
+    config = config_of_onnx(OnnxDecoder(model), name, sequences)
+    with staged_folder(repository / _check_name(name)) as stage:
+        (stage / _VERSION).mkdir()
+        (stage / _CONFIG).write_text(config, encoding="utf-8")
+        for file in sorted(model.parent.glob(f"{model.name}*")):
+            # External data keeps its name, which the model holds.
+            shutil.move(file, stage / _VERSION / (_ONNX if file == model else file.name))
+    return repository / name
+
+
+def write_engine(engine: Path, repository: Path, name: str, sequences: int = SEQUENCES) -> Path:
+    """As `write_onnx`, for an engine with its side file; both are copied.
+
+    Raises:
+        InputError: see `config_of_engine`, or the engine and its side file do not belong together.
+    """
+    from river_compile.exporters.tensorrt.engine import EngineInfo, side_file
+
+    config = config_of_engine(EngineInfo.load(engine), name, sequences)
+    with staged_folder(repository / _check_name(name)) as stage:
+        (stage / _VERSION).mkdir()
+        (stage / _CONFIG).write_text(config, encoding="utf-8")
+        shutil.copyfile(engine, stage / _VERSION / _ENGINE)
+        shutil.copyfile(side_file(engine), stage / _VERSION / (_ENGINE + ".json"))
+    return repository / name
+
+
+def export_repository(
+    model: str | Path | torch.nn.Module,
+    repository: Path | None,
+    config: RiverConfig,
+    *,
+    tuning: TuningTexts | None,
+    quality: QualityTexts | None,
+    progress: Progress | None,
+    check: bool,
+) -> ExportReport:
+    """`river_compile.export` into a model repository, with arguments as there; the model is named by `name_of`.
+
+    Raises:
+        ConfigError: no repository is named, or the model's name can be none in it.
+    """
+    repository, name = check_repository(repository), name_of(model)
+    with tempfile.TemporaryDirectory(prefix=".river-", dir=repository) as folder:
+        file = Path(folder) / _ONNX
+        report = export_file(
+            model, file, config, tuning=tuning, quality=quality, progress=progress, check=check, beside=None
+        )
+        made = write_onnx(file, repository, name)
+    return replace(report, output=str(made))
+
+
+def check_repository(repository: Path | None) -> Path:
+    """The folder to write models into; it is made if it is not there.
+
+    Raises:
+        ConfigError: none is named.
+        InputError: it is a file.
+        RiverError: it cannot be made.
+    """
+    if repository is None or repository.suffix == ".onnx":
+        raise ConfigError("output", "name the model repository to write into, a folder")
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(f"{repository}: is a file; name a model repository, a folder") from error
+    except OSError as error:
+        raise RiverError(f"{repository}: cannot be written: {error.strerror}") from error
+    return repository
+
+
+def check_runtime(runtime: str) -> None:
+    """
+    Raises:
+        InputError: Triton's backend does not load what it builds.
+    """
+    if "rtx" in runtime:
+        raise InputError("Triton's backend loads engines of TensorRT, not of TensorRT-RTX: give --runtime tensorrt")
+
+
+def name_of(model: object) -> str:
+    """What Triton is to call a model: as its file or folder.
+
+    Raises:
+        ConfigError: that can be no name there.
+    """
+    if not isinstance(model, (str, Path)):
+        return _check_name(type(model).__name__)
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    return _check_name(path.stem if path.suffix == ".onnx" else path.name)
+
+
+def config_of_onnx(decoder: OnnxDecoder, name: str, sequences: int = SEQUENCES) -> str:
+    """The configuration of a model for Triton's onnxruntime backend.
+
+    In a sequence's first request a cache that grows holds one token, all zeros, where a program would give an empty
+    one: the attention mask begins with a 0 for that place.
+
+    Args:
+        decoder: the model; ``name``, as Triton lists it; ``sequences``, how many it serves at once.
+
+    Raises:
+        InputError: it cannot be served so: its cache grows and it has no attention mask, or an operator that takes no
+            padding on the left; or a tensor is of a type that Triton does not know.
+    """
+    slots = decoder.signature.slots
+    if any(not slot.static for slot in slots) and not decoder.takes_padding:
+        raise InputError(
+            "Triton begins a growing KV cache with one token, to be masked out, and this model takes no padding on the "
+            "left; start from a model without GroupQueryAttention, or with a static cache"
+        )
+    session = decoder.session
+    shapes = {value.name: value for value in session.get_inputs()}
+    states = [
+        _State(
+            _tensor(shapes[slot.past], dims=tuple(-1 if size in (None, 0) else int(size or 0) for size in slot.sizes)),
+            slot.present,
+        )
+        for slot in slots
+    ]
+    kept = {name for state in states for name in (state.past.name, state.present)}
+    inputs = [_tensor(value) for value in session.get_inputs() if value.name not in kept]
+    inputs += [_tensor(value, optional=True) for value in session.get_overridable_initializers()]
+    outputs = [_tensor(value) for value in session.get_outputs() if value.name not in kept]
+    return _config(name, "onnxruntime", _ONNX, inputs, outputs, states, sequences)
+
+
+def config_of_engine(info: EngineInfo, name: str, sequences: int = SEQUENCES) -> str:
+    """The configuration of an engine for Triton's tensorrt backend. Its settings (``river.tau``) are inputs that each
+    request has to give.
+
+    Raises:
+        InputError: TensorRT-RTX built it, which Triton's backend does not load.
+    """
+    check_runtime(info.runtime)
+    known = {tensor.name: _Tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in (*info.inputs, *info.outputs)}
+    states = [_State(known[past], present) for past, present in info.caches]
+    kept = {name for pair in info.caches for name in pair}
+    inputs = [known[tensor.name] for tensor in info.inputs if tensor.name not in kept]
+    outputs = [known[tensor.name] for tensor in info.outputs if tensor.name not in kept]
+    one_buffer = info.kv_cache == "static"
+    return _config(name, "tensorrt", _ENGINE, inputs, outputs, states, sequences, one_buffer)
+
+
+def _tensor(value: Any, dims: tuple[int, ...] | None = None, optional: bool = False) -> _Tensor:
+    """A value of an ONNX Runtime session. Triton writes a scalar as one number."""
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return _Tensor(value.name, value.type.removeprefix("tensor(").removesuffix(")"), dims or shape, optional)
+
+
+def _config(
+    name: str,
+    backend: str,
+    file: str,
+    inputs: Iterable[_Tensor],
+    outputs: Iterable[_Tensor],
+    states: Iterable[_State],
+    sequences: int,
+    one_buffer: bool = False,
+) -> str:
+    """The text of Triton's message ``inference.ModelConfig``."""
+    lines = [f'name: "{_check_name(name)}"', f'backend: "{backend}"', f'default_model_filename: "{file}"']
+    lines.append("max_batch_size: 0")
+    lines += [f"input {{ {_io(tensor)}{' optional: true' if tensor.optional else ''} }}" for tensor in inputs]
+    lines += [f"output {{ {_io(tensor)} }}" for tensor in outputs]
+    lines += ["sequence_batching {", f"  oldest {{ max_candidate_sequences: {sequences} }}"]
+    buffer = " use_same_buffer_for_input_output: true" if one_buffer else ""
+    for state in states:
+        first = [1 if size == -1 else size for size in state.past.dims]
+        begun = f'name: "{state.past.name}" data_type: {_type(state.past)} dims: {first} zero_data: true'
+        names = f'input_name: "{state.past.name}" output_name: "{state.present}"'
+        kind = f"data_type: {_type(state.past)} dims: {list(state.past.dims)}"
+        lines.append(f"  state {{ {names} {kind} initial_state {{ {begun} }}{buffer} }}")
+    return "\n".join([*lines, "}", ""])
+
+
+def _io(tensor: _Tensor) -> str:
+    return f'name: "{tensor.name}" data_type: {_type(tensor)} dims: {list(tensor.dims or (1,))}'
+
+
+def _type(tensor: _Tensor) -> str:
+    if tensor.dtype not in _TYPES:
+        raise InputError(f"{tensor.name!r} is of type {tensor.dtype}, which Triton's configuration has no word for")
+    return f"TYPE_{_TYPES[tensor.dtype]}"
