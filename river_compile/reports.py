@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from river_compile.config import RiverConfig
+from river_compile.errors import RiverError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,9 +17,31 @@ if TYPE_CHECKING:
 
     from river_compile.passes.anatomy import Layer
 
-__all__ = ["Agreement", "ExportReport", "Plan", "PlannedLinear", "Progress", "QualityTexts", "TuningTexts"]
+__all__ = [
+    "Agreement",
+    "ExportReport",
+    "Plan",
+    "PlannedLinear",
+    "Progress",
+    "QualityTexts",
+    "TuningTexts",
+    "write_report",
+]
 
 Progress = Callable[[str, int, int], None]
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write what a user named a file for, and make its folder if need be.
+
+    Raises:
+        RiverError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RiverError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 class TuningTexts(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from river_compile.runtime import OnnxDecoder
 from river_compile.triton import config_of_engine, config_of_onnx, write_engine
 from tests.conftest import Exported
 from tests.families import LAYERS
+from tests.test_documents import examples
 
 PROMPTS = ([5, 9, 17, 33], [40, 3])
 NEW = 6
@@ -102,6 +104,38 @@ class Client:
         self.depths.append(made["river.exit_depth"].item())
         self._new = [int(made["logits"][0, -1].argmax())]
         self.tokens += self._new
+
+
+class _Remote:
+    """A server behind Triton's client, as far as an example of the docs asks."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def infer(self, name: str, inputs: list[Any], sequence_id: int, sequence_start: bool) -> Any:
+        assert name == self._server.config.name
+        arrays = {
+            value.name(): np.frombuffer(value._get_content(), _NUMPY[f"TYPE_{value.datatype()}"]).reshape(value.shape())
+            for value in inputs
+        }
+        made = self._server.infer(sequence_id, sequence_start, arrays)
+        return SimpleNamespace(as_numpy=made.__getitem__)
+
+
+def test_the_client_of_the_docs_decodes(exported: Exported, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(next(example for example in examples(page) if "tritonclient" in example), names)
+    river_compile.export(exported("llama"), tmp_path, RiverConfig(tau=0.2), layout="triton")
+    remote = _Remote(Server(tmp_path / "model"))
+    mask, tokens, made = [0], PROMPTS[0], []
+    for _ in range(NEW):
+        token, depth = names["infer"](remote, "model", 7, tokens, mask, 0.95)
+        assert 0 < depth <= LAYERS
+        tokens = [token]
+        made.append(token)
+    own = OnnxDecoder(tmp_path / "model" / "1" / "model.onnx")
+    assert made == own.generate([PROMPTS[0]], NEW, tau=0.95).tokens[0]
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3"))

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from river_compile.errors import RiverError
+from river_compile.reports import write_report
 from river_compile.version import __version__
 
 __all__ = ["answer", "progress_bars", "river_command"]
@@ -95,7 +96,7 @@ def answer(
 ) -> None:
     """Write what was found into a file, where one is named, and print it: as JSON, or as ``show`` does."""
     if output is not None:
-        output.write_text(result.to_json() + "\n", encoding="utf-8")
+        write_report(output, result.to_json() + "\n")
     if as_json:
         click.echo(result.to_json())
     else:

@@ -31,6 +31,7 @@ from river_compile.cli.options import (
 )
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
+from river_compile.reports import write_report
 
 if TYPE_CHECKING:
     from river_compile.measure.evaluation import Evaluation, SettingResult
@@ -126,7 +127,7 @@ def main(
     if html is not None:
         from river_compile.measure.report_html import render
 
-        html.write_text(render(result, measured), encoding="utf-8")
+        write_report(html, render(result, measured))
     answer(result, _show, output=output, as_json=as_json, quiet=quiet)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from river_compile.config import NEVER
-from river_compile.errors import ConfigError, InputError
+from river_compile.errors import ConfigError
 from river_compile.measure.calibratable import Calibratable, OnnxCalibratable, Thresholds, TorchCalibratable
 from river_compile.measure.fidelity import (
     Document,
@@ -25,6 +25,7 @@ from river_compile.measure.fidelity import (
 )
 from river_compile.measure.readings import Readings
 from river_compile.measure.risk import check_risk, fixed_sequence, hoeffding_bentkus, least_documents
+from river_compile.reports import write_report
 from river_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -113,12 +114,9 @@ class Calibration:
         """Write the JSON.
 
         Raises:
-            InputError: the file cannot be written.
+            RiverError: the file cannot be written.
         """
-        try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        write_report(Path(path), self.to_json() + "\n")
 
     def verdict(self) -> str:
         """The outcome in one line."""

@@ -12,6 +12,7 @@ import numpy as np
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.measure.fidelity import Document, TextTokenizer, shipped_texts, tokenize
+from river_compile.reports import write_report
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +96,7 @@ class Tuning:
         else:
             measured = measure_sensitivity(model, config, ids, tokens=self.tokens, progress=progress)
             if self.sensitivity is not None:
-                self.sensitivity.write_text(measured.to_json() + "\n", encoding="utf-8")
+                write_report(self.sensitivity, measured.to_json() + "\n")
         if self.avg_bits is None and self.max_kl is None:
             return config
         chosen = choose_bits(measured, avg_bits=self.avg_bits, max_kl=self.max_kl)
