@@ -240,7 +240,8 @@ def _settings(taus: Sequence[float], depths: Sequence[int]) -> list[Setting]:
             raise ConfigError("tau", f"must lie in [-1, 1], not {tau}")
     if any(depth < 0 for depth in depths):
         raise ConfigError("depths", "must be 0 or more")
-    settings = [Setting(tau=tau) for tau in taus] + [Setting(max_depth=depth) for depth in depths]
+    settings = [Setting(tau=tau) for tau in dict.fromkeys(taus)]
+    settings += [Setting(max_depth=depth) for depth in dict.fromkeys(depths)]
     if not settings:
         raise ConfigError("taus", "name at least one threshold or depth")
     return settings

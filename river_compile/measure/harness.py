@@ -182,14 +182,15 @@ class _TorchModel:
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError("dtype", f"{dtype!r} is no type of torch")
         kind = None if dtype == "auto" else getattr(torch, dtype)
+        config = RiverConfig.from_options(options)
+        self.decides = not exact and ((config.tau if tau is None else tau) <= 1 or config.max_depth is not None)
+        # Where exits decide, a graph that got no river would pass the original's results for the river's.
+        options = {"strict": self.decides} | dict(options)
         self.compiled = from_pretrained(
             pretrained, tau=tau, exact=exact, dtype=kind, device=device, river=river, options=options, warm_up=False
         )
         self.model = self.compiled._orig_mod
         self.folder = Path(pretrained)
-        config = RiverConfig.from_options(options)
-        self.decides = not exact and ((config.tau if tau is None else tau) <= 1 or config.max_depth is not None)
-        self._exact = exact
 
     def read(self, ids: np.ndarray, at_once: int) -> Iterator[np.ndarray]:
         """Logits, float32 [tokens, vocabulary], of a first pass and of one pass for each token after it."""

@@ -67,6 +67,11 @@ def test_a_threshold_above_reach_is_the_backbone_itself(river: Path) -> None:
     assert row.exit_histogram[-1] == sum(row.exit_histogram)
 
 
+def test_a_setting_that_is_named_twice_is_measured_once(river: Path) -> None:
+    found = evaluate(river, TEXTS, BYTES, taus=(0.9, 0.9), depths=(0, 2, 0), speed_rounds=1)
+    assert [row.label for row in found.settings] == ["tau 0.9", "all river", "exit depth 2"]
+
+
 def test_exit_depths_follow_the_similarities_that_are_reported(river: Path) -> None:
     """The first token, which no earlier exit has touched, leaves where torch says that its similarity first lies above;
     thresholds lie between the similarities, so that every depth occurs."""
