@@ -134,7 +134,7 @@ def test_exact_decoding_in_genai_is_a_pair_of_models_on_one_file_of_weights(gena
     decoder, draft = config["model"]["decoder"], config["model"]["draft"]
     assert (decoder["filename"], draft["filename"]) == ("model.onnx", "draft.onnx")
     assert decoder["inputs"] == draft["inputs"]
-    assert config["speculative"] == {"min_adaptive_k": 4}
+    assert config["speculative"] == {"max_draft_tokens": 4}
     shared = {weight["name"] for weight in draft["shared_initializers"]}
     assert shared and shared == {weight["name"] for weight in decoder["shared_initializers"]}
     for name in ("model.onnx", "draft.onnx", "river.onnx"):

@@ -17,8 +17,8 @@ __all__ = ["draft_by", "without_graph_capture"]
 
 # Names of one switch, by execution provider.
 _GRAPH_CAPTURE = ("enable_cuda_graph", "enable_graph_capture", "enableGraphCapture")
-# Where GenAI begins, and the floor it keeps to; it grows a draft while it pays, to 16 at most.
-_FIRST_DRAFT = 4
+# A fixed length: one that GenAI adapts was slower on SmolLM2 (1.36x against 1.49x, one run; docs/tools.md).
+_DRAFT_TOKENS = 4
 
 
 def without_graph_capture(folder: Path) -> bool:
@@ -58,7 +58,7 @@ def draft_by(folder: Path, drafter: str) -> None:
         if shared:
             section["shared_initializers"] = shared
     config["model"]["draft"] = draft
-    config["speculative"] = {"min_adaptive_k": _FIRST_DRAFT}
+    config["speculative"] = {"max_draft_tokens": _DRAFT_TOKENS}
     _write(folder, config)
 
 
