@@ -129,6 +129,9 @@ class RiverLM(HFLM):  # type: ignore[misc]
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
         if isinstance(self._river, _TorchModel):
+            if self._river.exact and len(context) > 1:
+                ends = _StopStrings(self.tokenizer, stop, context.shape[1])
+                return self._exactly(context, max_length, ends, **generation_kwargs)
             made: torch.Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
             return made
         mask = generation_kwargs.pop("attention_mask")
@@ -146,9 +149,44 @@ class RiverLM(HFLM):  # type: ignore[misc]
                 break
         return torch.cat([context, torch.tensor([tokens], dtype=context.dtype)], dim=1)
 
+    def _exactly(
+        self, context: torch.Tensor, max_length: int, ends: _StopStrings, **generation_kwargs: Any
+    ) -> torch.Tensor:
+        """As the harness's own model generates, with stop strings that keep no state."""
+        if not generation_kwargs.get("do_sample"):
+            generation_kwargs.pop("temperature", None)
+            generation_kwargs["do_sample"] = False
+        made: torch.Tensor = self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=[ends],
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            **generation_kwargs,
+        )
+        return made
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: settings, and where tokens left the backbone."""
         return {"model_dtype": str(getattr(self._river.model, "dtype", "")), **self._river.told()}
+
+
+class _StopStrings:
+    """A stopping criterion of transformers that keeps nothing from call to call.
+
+    Exact mode asks of one sequence after the other, and the harness's own criterion, which notes what has ended by its
+    place in the batch, would end all of them with the first.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], start: int) -> None:
+        self._tokenizer, self._strings, self._start = tokenizer, [text for text in strings if text], start
+        lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for text in self._strings]
+        # A text may be written in more tokens than the tokenizer would take for it.
+        self._seen = 2 * max(lengths, default=0) + 2
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._start :][:, -self._seen :])
+        return torch.tensor([any(one in text for one in self._strings) for text in texts], device=input_ids.device)
 
 
 def command_line() -> None:
@@ -191,6 +229,7 @@ class _TorchModel:
         )
         self.model = self.compiled._orig_mod
         self.folder = Path(pretrained)
+        self.exact = exact
 
     def read(self, ids: np.ndarray, at_once: int) -> Iterator[np.ndarray]:
         """Logits, float32 [tokens, vocabulary], of a first pass and of one pass for each token after it."""
@@ -241,9 +280,12 @@ class _OnnxModel:
 
     def read(self, ids: np.ndarray, at_once: int) -> Iterator[np.ndarray]:
         state = self._decoder.start(1)
-        tau = NEVER if self._exact else self._tau
         for part in (ids[:at_once], *ids[at_once:].reshape(-1, 1)):
-            logits, depth = self._decoder.forward(part[None], state, tau=tau, max_depth=self._max_depth)
+            if self._exact:
+                # A tau that no similarity reaches leaves the file's own depth limit and offsets as they are.
+                logits, depth = self._decoder.backbone(part[None], state)
+            else:
+                logits, depth = self._decoder.forward(part[None], state, tau=self._tau, max_depth=self._max_depth)
             self._depths += [] if depth is None or len(part) > 1 else [depth]
             yield logits[0]
 

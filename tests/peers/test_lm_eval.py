@@ -134,3 +134,39 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, arguments: str, message: s
     done = _command(tmp_path, "--model", "river", "--model_args", given, *options)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+_LIBRARY = """
+import json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from river_compile.measure.harness import RiverLM
+folder, onnx = sys.argv[1:]
+def generated(model, until):
+    settings = {"until": until, "max_gen_toks": 8}
+    asked = [("w5 w9", settings), ("w40 w3", settings)]
+    return model.generate_until([Instance("generate_until", {}, one, place) for place, one in enumerate(asked)])
+def likelihood(model):
+    return model.loglikelihood([Instance("loglikelihood", {}, ("w5 w9 w17", " w33 w4"), 0)])[0][0]
+hf = HFLM(folder, dtype="float32", device="cpu", batch_size=2)
+stop = generated(hf, [])[0].split()[2]
+batched = RiverLM(pretrained=folder, dtype="float32", exact=True, batch_size=2)
+print(json.dumps({
+    "batched": [generated(hf, [stop]), generated(batched, [stop])],
+    "likelihood": [likelihood(hf), likelihood(RiverLM(onnx=onnx, tokenizer=folder, exact=True))],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_exact_is_hfs_in_batches_and_whatever_depth_limit_the_file_has(tmp_path: Path) -> None:
+    LM_EVAL.made()
+    source = save_word_tokenizer(save_model(tmp_path / "hf"))
+    river_compile.export(source, tmp_path / "river", RiverConfig(tau=0.2, max_depth=0))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [str(LM_EVAL.folder / "bin" / "python"), "-c", _LIBRARY, str(source), str(tmp_path / "river")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["batched"][1] == told["batched"][0]
+    assert told["likelihood"][1] == pytest.approx(told["likelihood"][0], abs=2e-3)
