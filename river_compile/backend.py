@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.quantizers import quantizer
-from river_compile.exporters.torch import generate, seam
+from river_compile.exporters.torch import generate, saved, seam
 from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
@@ -139,7 +140,10 @@ class RiverBackend(State):
         self._check(len(anatomy.layers))
         device, decode, rows = _place_of_work(graph, anatomy)
         lowering = self._lowering or lowering_for(device)
-        quantized = Quantized(self.store, lowering, quantizer(self.config.quantizer))
+        chosen = self.config.quantizer
+        if self.config.saved_river is not None:
+            chosen = saved.adopt(_tuned, parameters.values(), Path(self.config.saved_river), chosen)
+        quantized = Quantized(self.store, lowering, quantizer(chosen))
         weights = GraphWeights(quantized, parameters)
         grown = River()
         if decode or self._wants_river_prefill(rows, lowering):

@@ -63,6 +63,7 @@ class RiverConfig:
         dump_dir: a folder that gets the graph after each pass in a readable form.
         prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
             every layer), or "auto" (river only for prompts so short that its products are faster there).
+        saved_river: a folder of `river_compile.save_river`: torch.compile takes its weights and its quantizer.
         strict: raise where a compiled model would fall back to the plain backend.
         cuda_graphs: whether torch.compile, on CUDA, runs decode passes as CUDA graphs, one a backbone layer and one for
             the river after each exit depth; they need a static cache and masks of one size. Off by default: it has not
@@ -90,6 +91,7 @@ class RiverConfig:
     external_data: bool | None = None
     dump_dir: Path | None = None
     prefill: str = "auto"
+    saved_river: str | Path | None = None
     strict: bool = False
     cuda_graphs: bool = False
     exact: bool = False
@@ -212,5 +214,5 @@ class RiverConfig:
     def to_json(self) -> str:
         """This config as one line of JSON, as it is written into what is exported; without a calibration's evidence."""
         fields = dataclasses.asdict(self)
-        fields["dump_dir"] = fields["calibration"] = None
+        fields["dump_dir"] = fields["calibration"] = fields["saved_river"] = None
         return json.dumps(fields, sort_keys=True)

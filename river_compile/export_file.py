@@ -52,6 +52,8 @@ def export_file(
     onnx_file.check_target(target)
     if config.kv_policy != "share":
         raise ConfigError("kv_policy", f"an exported model shares its KV cache; {config.kv_policy!r} is for comparison")
+    if config.saved_river is not None:
+        raise ConfigError("saved_river", "is for torch.compile; an exported river is saved with its model")
     quantizer(config.quantizer)
     steps = Steps(progress)
     with ExitStack() as stack:

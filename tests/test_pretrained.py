@@ -77,6 +77,39 @@ def test_a_saved_river_is_the_tuned_one_to_the_last_bit(folder: Path, tmp_path: 
     assert torch.equal(compiled.generate(prompt(1, 9), **GREEDY), tuned.generate(prompt(1, 9), **GREEDY))
 
 
+def test_the_backend_takes_a_saved_river_by_an_option(folder: Path, tmp_path: Path) -> None:
+    """By the weights that it was made of: names are not asked, and a graph knows none."""
+    model = random_model("llama", 3)
+    river_compile.tune(model, _texts())
+    river_compile.save_river(model, tmp_path / "river")
+    options = {"saved_river": str(tmp_path / "river"), "max_depth": 0}
+    again = torch.compile(random_model("llama", 3), backend="river", options=options)
+    tuned = torch.compile(model, backend="river", options={"quantizer": "gptq", "max_depth": 0})
+    assert torch.equal(again.generate(prompt(1, 9), **GREEDY), tuned.generate(prompt(1, 9), **GREEDY))
+    assert river_compile.stats(again).river_layers == 3 and tuned_digest(again) == tuned_digest(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "made for other weights than this model's"),
+        ({"quantizer": "lsq"}, "made by gptq, not by lsq"),
+        ({"saved_river": "nowhere"}, "no saved river"),
+    ],
+)
+def test_the_option_refuses_what_is_another_models(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    model = random_model("llama", 3)
+    river_compile.tune(model, _texts())
+    river_compile.save_river(model, tmp_path / "river")
+    other = random_model("llama", 3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    compiled = torch.compile(other, backend="river", options={"saved_river": str(tmp_path / "river")} | options)
+    with pytest.raises(ConfigError, match=f"saved_river: .*{message}"):
+        compiled.generate(prompt(1, 9), **GREEDY)
+
+
 def test_another_models_river_is_refused(tmp_path: Path) -> None:
     model = random_model("llama", 3)
     river_compile.tune(model, _texts())

@@ -6,21 +6,23 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from river_compile.errors import InputError, MissingExtra
+from river_compile.config import RiverConfig
+from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.torch.tuning import Tuned
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["FILE", "read", "write"]
+__all__ = ["FILE", "adopt", "read", "write"]
 
 FILE = "river.safetensors"
 _FORMAT = "1"
+_OPTION = "saved_river"
 _PARTS = ("values", "scales", "zero_points")
 
 
@@ -90,6 +92,46 @@ def read(tuned: Tuned, parameters: Mapping[str, torch.Tensor], folder: Path) -> 
         weight = QuantizedWeight(values, scales, zero_points, fact["bits"])
         tuned.keep(parameters[fact["parameter"]], fact["quantizer"], fact["transposed"], weight)
     return len(facts)
+
+
+def adopt(tuned: Tuned, parameters: Iterable[torch.Tensor], folder: Path, quantizer: str) -> str:
+    """Hold the weights of a file for those parameters that they were made of, whatever these are called.
+
+    Args:
+        quantizer: of the settings; the default one gives way to the file's.
+
+    Returns:
+        The file's quantizer.
+
+    Raises:
+        ConfigError: there is no such file, it is damaged, another quantizer made it, or none of it belongs to these
+            parameters.
+    """
+    path = folder / FILE
+    try:
+        if not path.is_file():
+            raise InputError(f"{folder}: no saved river ({FILE}) here")
+        facts, arrays = _opened(path)
+    except InputError as error:
+        raise ConfigError(_OPTION, str(error)) from error
+    made_by = min(fact["quantizer"] for fact in facts.values())
+    if quantizer not in (made_by, RiverConfig.quantizer):
+        raise ConfigError(_OPTION, f"{path}: made by {made_by}, not by {quantizer}")
+    found = False
+    for parameter in parameters:
+        if parameter.dim() < 2:
+            continue
+        held = any(name == made_by for name, _, _ in tuned.of(parameter))
+        backbone = "" if held else _hash(parameter)
+        for key in [key for key, fact in facts.items() if fact["backbone"] == backbone]:
+            values, scales, zero_points = (arrays[f"{key}/{part}"] for part in _PARTS)
+            weight = QuantizedWeight(values, scales, zero_points, facts[key]["bits"])
+            tuned.keep(parameter, facts[key]["quantizer"], facts[key]["transposed"], weight)
+            held = True
+        found |= held
+    if not found:
+        raise ConfigError(_OPTION, f"{path}: made for other weights than this model's")
+    return str(made_by)
 
 
 def _opened(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
