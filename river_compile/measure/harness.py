@@ -5,7 +5,9 @@ Tokenization, chat templates, batching and stop sequences are those of its own `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.onnx.kv_cache import cache_argument
 
+_LEAST = (0, 4, 13)
 try:
+    if tuple(int(part) for part in re.findall(r"\d+", version("lm_eval"))[:3]) < _LEAST:
+        raise ImportError(f"lm_eval {version('lm_eval')} is too old")
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
