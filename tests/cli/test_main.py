@@ -40,7 +40,7 @@ def test_each_command_is_there_by_both_names(name: str) -> None:
 
 def test_every_script_is_a_command() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    scripts = set(re.findall(r"^river-(\w+) = ", text, re.MULTILINE))
+    scripts = set(re.findall(r"^river-([\w-]+) = ", text, re.MULTILINE))
     assert scripts == set(COMMANDS)
 
 
