@@ -257,7 +257,13 @@ def _config(
     sequences: int,
     one_buffer: bool = False,
 ) -> str:
-    """The text of Triton's message ``inference.ModelConfig``."""
+    """The text of Triton's message ``inference.ModelConfig``.
+
+    Raises:
+        InputError: Triton would take a state for another's, or it has no word for a type.
+    """
+    states = list(states)
+    _check_order(states)
     lines = [f'name: "{_check_name(name)}"', f'backend: "{backend}"', f'default_model_filename: "{file}"']
     lines.append("max_batch_size: 0")
     lines += [f"input {{ {_io(tensor)}{' optional: true' if tensor.optional else ''} }}" for tensor in inputs]
@@ -271,6 +277,21 @@ def _config(
         kind = f"data_type: {_type(state.past)} dims: {list(state.past.dims)}"
         lines.append(f"  state {{ {names} {kind} initial_state {{ {begun} }}{buffer} }}")
     return "\n".join([*lines, "}", ""])
+
+
+def _check_order(states: list[_State]) -> None:
+    """
+    Raises:
+        InputError: sorted by name, inputs and outputs of the cache do not come in one order. Triton's core pairs them
+            so, whatever a configuration says (its issue 8586), and would hand one layer's cache to another.
+    """
+    by_past = sorted(states, key=lambda state: state.past.name)
+    for state, present in zip(by_past, sorted(state.present for state in states), strict=True):
+        if state.present != present:
+            raise InputError(
+                "Triton pairs inputs and outputs of a KV cache in the order of their names, which would continue "
+                f"{state.past.name!r} with {present!r} instead of {state.present!r}; give them names of one order"
+            )
 
 
 def _io(tensor: _Tensor) -> str:

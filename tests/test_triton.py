@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import onnxruntime
+import onnx
 import pytest
 from click.testing import CliRunner
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 import river_compile
 from river_compile import RiverConfig
@@ -24,102 +20,10 @@ from river_compile.triton import config_of_engine, config_of_onnx, write_engine
 from tests.conftest import Exported
 from tests.families import LAYERS
 from tests.test_documents import examples
+from tests.triton_server import Client, Remote, Server, parsed
 
 PROMPTS = ([5, 9, 17, 33], [40, 3])
 NEW = 6
-_NUMPY = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64, "TYPE_FP16": np.float16, "TYPE_BOOL": np.bool_}
-
-
-def _parsed(text: str) -> Any:
-    return text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
-class Server:
-    """What Triton does with a model of a repository, by its configuration alone: inputs are checked against it, states
-    are kept for each sequence, and begin as its core begins them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config = _parsed((folder / "config.pbtxt").read_text())
-        assert self.config.name == folder.name and self.config.backend == "onnxruntime"
-        # Without batching: only then may an input be optional.
-        assert self.config.max_batch_size == 0
-        self._session = onnxruntime.InferenceSession(folder / "1" / self.config.default_model_filename)
-        names = {value.name for value in self._session.get_inputs()}
-        states = {state.input_name for state in self.config.sequence_batching.state}
-        assert names == states | {value.name for value in self.config.input if not value.optional}
-        optional = {value.name for value in self.config.input if value.optional}
-        assert optional == {value.name for value in self._session.get_overridable_initializers()}
-        self._kept: dict[int, dict[str, np.ndarray]] = {}
-
-    def infer(self, sequence: int, start: bool, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        declared = {value.name: value for value in self.config.input}
-        missing = {name for name, value in declared.items() if not value.optional} - set(inputs)
-        assert not missing, missing
-        scalars = {value.name for value in self._session.get_overridable_initializers() if not value.shape}
-        feeds = {}
-        for name, array in inputs.items():
-            dims = list(declared[name].dims)
-            assert array.dtype == _NUMPY[model_config_pb2.DataType.Name(declared[name].data_type)]
-            assert len(dims) == array.ndim and all(d in (-1, n) for d, n in zip(dims, array.shape, strict=True))
-            feeds[name] = array.reshape(()) if name in scalars else array
-        states = self.config.sequence_batching.state
-        if start:
-            self._kept[sequence] = {state.input_name: self._begun(state) for state in states}
-        wanted = [value.name for value in self.config.output]
-        made = self._session.run([*wanted, *(state.output_name for state in states)], feeds | self._kept[sequence])
-        self._kept[sequence] = {
-            state.input_name: array for state, array in zip(states, made[len(wanted) :], strict=True)
-        }
-        return dict(zip(wanted, made[: len(wanted)], strict=True))
-
-    def _begun(self, state: Any) -> np.ndarray:
-        first = state.initial_state[0]
-        sizes = [1 if size == -1 else size for size in state.dims]
-        assert list(first.dims) == sizes and first.name and first.data_type == state.data_type
-        return np.zeros(sizes, _NUMPY[model_config_pb2.DataType.Name(state.data_type)])
-
-
-class Client:
-    """One sequence, as a client of the server decodes it."""
-
-    def __init__(self, server: Server, sequence: int, prompt: list[int], **settings: float) -> None:
-        self._server, self._sequence, self._new = server, sequence, prompt
-        # The place that a sequence begins with is masked out for good.
-        self._mask = [0]
-        self._settings = {f"river.{name}": np.array([value], np.float32) for name, value in settings.items()}
-        self.tokens: list[int] = []
-        self.depths: list[int] = []
-
-    def step(self) -> None:
-        start = len(self._mask) == 1
-        self._mask += [1] * len(self._new)
-        positions = np.cumsum(self._mask) - 1
-        inputs = {
-            "input_ids": np.array([self._new], np.int64),
-            "attention_mask": np.array([self._mask], np.int64),
-            "position_ids": positions[None, -len(self._new) :].astype(np.int64),
-        }
-        inputs = {name: inputs[name] for name in inputs if name in {value.name for value in self._server.config.input}}
-        made = self._server.infer(self._sequence, start, inputs | self._settings)
-        self.depths.append(made["river.exit_depth"].item())
-        self._new = [int(made["logits"][0, -1].argmax())]
-        self.tokens += self._new
-
-
-class _Remote:
-    """A server behind Triton's client, as far as an example of the docs asks."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def infer(self, name: str, inputs: list[Any], sequence_id: int, sequence_start: bool) -> Any:
-        assert name == self._server.config.name
-        arrays = {
-            value.name(): np.frombuffer(value._get_content(), _NUMPY[f"TYPE_{value.datatype()}"]).reshape(value.shape())
-            for value in inputs
-        }
-        made = self._server.infer(sequence_id, sequence_start, arrays)
-        return SimpleNamespace(as_numpy=made.__getitem__)
 
 
 def test_the_client_of_the_docs_decodes(exported: Exported, tmp_path: Path) -> None:
@@ -127,15 +31,17 @@ def test_the_client_of_the_docs_decodes(exported: Exported, tmp_path: Path) -> N
     names: dict[str, Any] = {}
     exec(next(example for example in examples(page) if "tritonclient" in example), names)
     river_compile.export(exported("llama"), tmp_path, RiverConfig(tau=0.2), layout="triton")
-    remote = _Remote(Server(tmp_path / "model"))
+    server = Server.of(tmp_path / "model")
+    remote = Remote(server)
     mask, tokens, made = [0], PROMPTS[0], []
-    for _ in range(NEW):
-        token, depth = names["infer"](remote, "model", 7, tokens, mask, 0.95)
+    for step in range(NEW):
+        token, depth = names["infer"](remote, "model", 7, tokens, mask, 0.95, end=step == NEW - 1)
         assert 0 < depth <= LAYERS
         tokens = [token]
         made.append(token)
     own = OnnxDecoder(tmp_path / "model" / "1" / "model.onnx")
     assert made == own.generate([PROMPTS[0]], NEW, tau=0.95).tokens[0]
+    assert not server.sequences
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "gemma3"))
@@ -143,9 +49,10 @@ def test_a_server_decodes_several_sequences_by_it(exported: Exported, tmp_path: 
     report = river_compile.export(exported(family), tmp_path / "repo", RiverConfig(tau=0.2), layout="triton")
     assert report.output == str(tmp_path / "repo" / "model")
     assert [file.name for file in (tmp_path / "repo").iterdir()] == ["model"]
-    server, own = Server(tmp_path / "repo" / "model"), OnnxDecoder(tmp_path / "repo" / "model" / "1" / "model.onnx")
-    for settings in ({}, {"tau": 2.0}):
-        clients = [Client(server, index, prompt, **settings) for index, prompt in enumerate(PROMPTS)]
+    server, own = Server.of(tmp_path / "repo" / "model"), OnnxDecoder(tmp_path / "repo" / "model" / "1" / "model.onnx")
+    # What a request sets holds for that request: the last two say nothing again, and get the file's threshold.
+    for settings in ({}, {"tau": 2.0}, {}):
+        clients = [Client(server, index, prompt, **settings) for index, prompt in enumerate(PROMPTS, 1)]
         for _ in range(NEW):
             for client in clients:
                 client.step()
@@ -154,6 +61,34 @@ def test_a_server_decodes_several_sequences_by_it(exported: Exported, tmp_path: 
             assert client.tokens == expected.tokens[0]
             assert client.depths == [step.exit_depth for step in expected.steps]
             assert set(client.depths) == {LAYERS} if settings else min(client.depths) < LAYERS
+
+
+def test_each_request_has_settings_of_its_own(exported: Exported, tmp_path: Path) -> None:
+    river_compile.export(exported("llama"), tmp_path, RiverConfig(tau=0.2), layout="triton")
+    server = Server.of(tmp_path / "model")
+    clients = [Client(server, 1, PROMPTS[0], max_depth=2, tau=2.0), Client(server, 2, PROMPTS[0], tau=2.0)]
+    for end in (False, False, True):
+        for client in clients:
+            client.step(end)
+    assert [client.depths for client in clients] == [[2] * 3, [LAYERS] * 3]
+
+
+def test_a_cache_that_triton_would_mix_up_is_refused(exported: Exported, tmp_path: Path) -> None:
+    """Named in one order going in and in another coming out, as triton-inference-server/server #8586 has it."""
+    model = onnx.load(exported("llama"))
+    names = {f"present.{layer}.key": f"present.{LAYERS - layer}.key" for layer in range(LAYERS)}
+    names = {name: f"{new}.of.{name}" for name, new in names.items()}
+    for node in model.graph.node:
+        for part in (node.input, node.output):
+            part[:] = [names.get(name, name) for name in part]
+    for value in model.graph.output:
+        value.name = names.get(value.name, value.name)
+    for entry in model.metadata_props:
+        if entry.key == "river.cache":
+            entry.value = json.dumps([(past, names.get(new, new)) for past, new in json.loads(entry.value)])
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=r"would continue 'past_key_values\.0\.key' with 'present\.0\.value'"):
+        config_of_onnx(OnnxDecoder(tmp_path / "model.onnx"), "m")
 
 
 def test_one_model_of_a_repository_is_made_anew(exported: Exported, tmp_path: Path) -> None:
@@ -219,7 +154,7 @@ def _engine(runtime: str, kv_cache: str) -> EngineInfo:
 
 @pytest.mark.parametrize(("kv_cache", "tokens"), (("static", 64), ("concatenated", -1)))
 def test_an_engine_of_tensorrt_has_a_configuration(kv_cache: str, tokens: int) -> None:
-    config = _parsed(config_of_engine(_engine("tensorrt", kv_cache), "m"))
+    config = parsed(config_of_engine(_engine("tensorrt", kv_cache), "m"))
     assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
     assert [(value.name, list(value.dims), value.optional) for value in config.input] == [
         ("input_ids", [-1, -1], False),
