@@ -43,6 +43,9 @@ SEQUENCES = 16
 """Sequences that are served at once, each with a cache of its own, where it is not told."""
 
 _CONFIG, _ONNX, _ENGINE, _VERSION = "config.pbtxt", "model.onnx", "model.plan", "1"
+# Triton forgets a sequence whose last request came more than a second ago, answered or not, if it is told nothing else:
+# a long prompt on a CPU takes longer than that.
+_IDLE_MICROSECONDS = 60_000_000
 _TYPES = {
     "float": "FP32",
     "float32": "FP32",
@@ -266,9 +269,12 @@ def _config(
     _check_order(states)
     lines = [f'name: "{_check_name(name)}"', f'backend: "{backend}"', f'default_model_filename: "{file}"']
     lines.append("max_batch_size: 0")
+    # Of its own accord Triton loads a model for the CPU twice.
+    lines.append("instance_group { count: 1 }")
     lines += [f"input {{ {_io(tensor)}{' optional: true' if tensor.optional else ''} }}" for tensor in inputs]
     lines += [f"output {{ {_io(tensor)} }}" for tensor in outputs]
-    lines += ["sequence_batching {", f"  oldest {{ max_candidate_sequences: {sequences} }}"]
+    lines += ["sequence_batching {", f"  max_sequence_idle_microseconds: {_IDLE_MICROSECONDS}"]
+    lines.append(f"  oldest {{ max_candidate_sequences: {sequences} }}")
     buffer = " use_same_buffer_for_input_output: true" if one_buffer else ""
     for state in states:
         first = [1 if size == -1 else size for size in state.past.dims]

@@ -73,6 +73,13 @@ def test_each_request_has_settings_of_its_own(exported: Exported, tmp_path: Path
     assert [client.depths for client in clients] == [[2] * 3, [LAYERS] * 3]
 
 
+def test_sequences_outlast_a_slow_pass_and_weights_are_loaded_once(exported: Exported) -> None:
+    config = parsed(config_of_onnx(OnnxDecoder(exported("llama")), "m", sequences=3))
+    assert config.sequence_batching.max_sequence_idle_microseconds == 60_000_000
+    assert config.sequence_batching.oldest.max_candidate_sequences == 3
+    assert [(group.count, group.kind) for group in config.instance_group] == [(1, 0)]
+
+
 def test_a_cache_that_triton_would_mix_up_is_refused(exported: Exported, tmp_path: Path) -> None:
     """Named in one order going in and in another coming out, as triton-inference-server/server #8586 has it."""
     model = onnx.load(exported("llama"))
