@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from river_compile.runtime import OnnxDecoder
 
 __all__ = [
+    "KV_CACHE",
     "SEQUENCES",
+    "check_kv_cache",
     "check_repository",
     "check_runtime",
     "config_of_engine",
@@ -42,10 +44,17 @@ __all__ = [
 SEQUENCES = 16
 """Sequences that are served at once, each with a cache of its own, where it is not told."""
 
+KV_CACHE = "scattered"
+"""The form of an engine's KV cache that Triton can serve."""
+
 _CONFIG, _ONNX, _ENGINE, _VERSION = "config.pbtxt", "model.onnx", "model.plan", "1"
 # Triton forgets a sequence whose last request came more than a second ago, answered or not, if it is told nothing else:
 # a long prompt on a CPU takes longer than that.
 _IDLE_MICROSECONDS = 60_000_000
+_NOT_SERVED = {
+    "static": "is written in place, where Triton gives a state's input and output a buffer each",
+    "concatenated": "grows, and Triton begins it with one token, behind which such an engine takes no prompt",
+}
 _TYPES = {
     "float": "FP32",
     "float32": "FP32",
@@ -180,6 +189,15 @@ def check_runtime(runtime: str) -> None:
         raise InputError("Triton's backend loads engines of TensorRT, not of TensorRT-RTX: give --runtime tensorrt")
 
 
+def check_kv_cache(kv_cache: str) -> None:
+    """
+    Raises:
+        InputError: an engine with such a KV cache cannot be served.
+    """
+    if kv_cache != KV_CACHE:
+        raise InputError(f"a {kv_cache} KV cache {_NOT_SERVED[kv_cache]}: give --kv-cache {KV_CACHE}")
+
+
 def name_of(model: object) -> str:
     """What Triton is to call a model: as its file or folder.
 
@@ -232,20 +250,24 @@ def config_of_engine(info: EngineInfo, name: str, sequences: int = SEQUENCES) ->
     request has to give.
 
     Raises:
-        InputError: TensorRT-RTX built it, which Triton's backend does not load.
+        InputError: TensorRT-RTX built it, which Triton's backend does not load; its KV cache is of another form than
+            `KV_CACHE`; or it is of an earlier version, whose settings were scalars.
     """
     check_runtime(info.runtime)
+    check_kv_cache(info.kv_cache)
+    for tensor in info.inputs:
+        if not tensor.shape:
+            raise InputError(f"{tensor.name!r} is a scalar, and Triton serves no engine with one: build it anew")
     known = {tensor.name: _Tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in (*info.inputs, *info.outputs)}
     states = [_State(known[past], present) for past, present in info.caches]
     kept = {name for pair in info.caches for name in pair}
     inputs = [known[tensor.name] for tensor in info.inputs if tensor.name not in kept]
     outputs = [known[tensor.name] for tensor in info.outputs if tensor.name not in kept]
-    one_buffer = info.kv_cache == "static"
-    return _config(name, "tensorrt", _ENGINE, inputs, outputs, states, sequences, one_buffer)
+    return _config(name, "tensorrt", _ENGINE, inputs, outputs, states, sequences, len(info.profiles))
 
 
 def _tensor(value: Any, dims: tuple[int, ...] | None = None, optional: bool = False) -> _Tensor:
-    """A value of an ONNX Runtime session. Triton writes a scalar as one number."""
+    """A value of an ONNX Runtime session."""
     shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
     return _Tensor(value.name, value.type.removeprefix("tensor(").removesuffix(")"), dims or shape, optional)
 
@@ -258,7 +280,7 @@ def _config(
     outputs: Iterable[_Tensor],
     states: Iterable[_State],
     sequences: int,
-    one_buffer: bool = False,
+    profiles: int = 0,
 ) -> str:
     """The text of Triton's message ``inference.ModelConfig``.
 
@@ -269,13 +291,16 @@ def _config(
     _check_order(states)
     lines = [f'name: "{_check_name(name)}"', f'backend: "{backend}"', f'default_model_filename: "{file}"']
     lines.append("max_batch_size: 0")
-    # Of its own accord Triton loads a model for the CPU twice.
-    lines.append("instance_group { count: 1 }")
+    # Of its own accord Triton loads a model for the CPU twice, and knows the first profile of an engine only.
+    names = ", ".join(f'"{index}"' for index in range(profiles))
+    on = f" kind: KIND_GPU profile: [{names}]" if profiles else ""
+    lines.append(f"instance_group {{ count: 1{on} }}")
     lines += [f"input {{ {_io(tensor)}{' optional: true' if tensor.optional else ''} }}" for tensor in inputs]
     lines += [f"output {{ {_io(tensor)} }}" for tensor in outputs]
     lines += ["sequence_batching {", f"  max_sequence_idle_microseconds: {_IDLE_MICROSECONDS}"]
     lines.append(f"  oldest {{ max_candidate_sequences: {sequences} }}")
-    buffer = " use_same_buffer_for_input_output: true" if one_buffer else ""
+    # The tensorrt backend copies a state into a buffer of its own before a pass, and out of another after it.
+    buffer = " use_same_buffer_for_input_output: true" if profiles else ""
     for state in states:
         first = [1 if size == -1 else size for size in state.past.dims]
         begun = f'name: "{state.past.name}" data_type: {_type(state.past)} dims: {first} zero_data: true'
@@ -301,6 +326,7 @@ def _check_order(states: list[_State]) -> None:
 
 
 def _io(tensor: _Tensor) -> str:
+    """A scalar is one number to Triton; its onnxruntime backend knows both."""
     return f'name: "{tensor.name}" data_type: {_type(tensor)} dims: {list(tensor.dims or (1,))}'
 
 

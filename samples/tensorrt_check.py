@@ -88,8 +88,8 @@ class OnnxReference:
             "input_ids": ids,
             "attention_mask": np.ones_like(ids),
             "position_ids": np.broadcast_to(np.arange(tokens), ids.shape),
-            "river.tau": np.array(2.0, np.float32),
-            "river.max_depth": np.array(depth, np.int64),
+            "river.tau": np.array([2.0], np.float32),
+            "river.max_depth": np.array([depth], np.int64),
         }
         wanted = {value.name for value in self.session.get_inputs()}
         names = ["logits", "river.exit_depth"]

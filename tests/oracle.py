@@ -127,7 +127,9 @@ class Player:
         feeds = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, **self.caches}
         wanted = {value.name for value in runner.get_inputs()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
-        feeds |= {f"river.{name}": np.array(value, _SETTINGS[name]) for name, value in river.items()}
+        # An engine's settings are inputs of the shape [1], a river model's are scalars.
+        settings = {f"river.{name}": np.array(value, _SETTINGS[name]) for name, value in river.items()}
+        feeds |= {name: np.atleast_1d(value) if name in wanted else value for name, value in settings.items()}
         names = [value.name for value in runner.get_outputs()]
         return dict(zip(names, runner.run(None, feeds), strict=True))
 

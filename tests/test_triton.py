@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -14,11 +16,14 @@ import river_compile
 from river_compile import RiverConfig
 from river_compile.cli.export import main
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.tensorrt.build import EngineOptions, build, default_config
 from river_compile.exporters.tensorrt.engine import EngineInfo, Tensor, side_file
 from river_compile.runtime import OnnxDecoder
-from river_compile.triton import config_of_engine, config_of_onnx, write_engine
+from river_compile.triton import KV_CACHE, config_of_engine, config_of_onnx, write_engine
 from tests.conftest import Exported
 from tests.families import LAYERS
+from tests.oracle import session
+from tests.static_player import StaticPlayer
 from tests.test_documents import examples
 from tests.triton_server import Client, Remote, Server, parsed
 
@@ -128,59 +133,72 @@ def test_what_no_repository_can_be_is_refused(exported: Exported, tmp_path: Path
         config_of_onnx(decoder, "m")
 
 
-def _engine(runtime: str, kv_cache: str) -> EngineInfo:
-    length = 64 if kv_cache == "static" else -1
-    return EngineInfo(
-        **dict.fromkeys(("version", "quantizer", "weights_sha256"), ""),
-        **dict.fromkeys(("nbytes", "layers", "river_layers", "network_layers"), 0),
-        runtime=runtime,
-        compute_capabilities=(),
-        weightless=False,
-        onnx=None,
-        exit_points=(),
-        config={},
-        dtype="float16",
-        kv_cache=kv_cache,
-        max_batch=1,
-        max_length=64,
-        inputs=(
-            Tensor("input_ids", "int64", (-1, -1)),
-            Tensor("river.tau", "float32", ()),
-            Tensor("past.0.key", "float16", (-1, 2, length, 16)),
-        ),
-        outputs=(
-            Tensor("logits", "float16", (-1, -1, 128)),
-            Tensor("present.0.key", "float16", (-1, 2, length, 16)),
-        ),
-        caches=(("past.0.key", "present.0.key"),),
-        profiles=(),
-        defaults={"river.tau": 0.9},
-        seconds={},
-    )
+@pytest.fixture(scope="module")
+def engine(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+    """An engine as Triton takes it, but for the runtime that built it, and ``m.onnx`` as it was handed to TensorRT."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    folder = tmp_path_factory.mktemp("engine")
+    options = EngineOptions(kv_cache=KV_CACHE, dtype="float32", max_length=32, runtime="tensorrt-rtx")
+    config = default_config(keep_layers=(1, 2, 3), tau=0.2)
+    info = build(exported("llama"), folder / "m.engine", config, options, onnx_output=folder / "m.onnx")
+    return replace(info, runtime="tensorrt", onnx=str(folder / "m.onnx"))
 
 
-@pytest.mark.parametrize(("kv_cache", "tokens"), (("static", 64), ("concatenated", -1)))
-def test_an_engine_of_tensorrt_has_a_configuration(kv_cache: str, tokens: int) -> None:
-    config = parsed(config_of_engine(_engine("tensorrt", kv_cache), "m"))
+def test_an_engine_of_tensorrt_has_a_configuration(engine: EngineInfo) -> None:
+    config = parsed(config_of_engine(engine, "m"))
     assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
-    assert [(value.name, list(value.dims), value.optional) for value in config.input] == [
-        ("input_ids", [-1, -1], False),
-        ("river.tau", [1], False),
-    ]
-    (state,) = config.sequence_batching.state
-    assert (list(state.dims), list(state.initial_state[0].dims)) == ([-1, 2, tokens, 16], [1, 2, abs(tokens), 16])
-    assert state.use_same_buffer_for_input_output == (kv_cache == "static")
+    assert {value.name: list(value.dims) for value in config.input} == {
+        "input_ids": [-1, -1],
+        "attention_mask": [-1, -1],
+        "position_ids": [-1, -1],
+        "river.tau": [1],
+        "river.max_depth": [1],
+    }
+    assert {value.name for value in config.output} == {"logits", "river.exit_depth"}
+    # Each profile needs a name in the group: the backend takes the first one only where there is none.
+    (group,) = config.instance_group
+    assert (list(group.profile), group.count) == ([str(index) for index in range(len(engine.profiles))], 1)
+    assert len(config.sequence_batching.state) == 2 * LAYERS
+    assert all(state.use_same_buffer_for_input_output for state in config.sequence_batching.state)
 
 
-def test_an_engine_of_tensorrt_rtx_is_refused() -> None:
-    with pytest.raises(InputError, match="not of TensorRT-RTX: give --runtime tensorrt"):
-        config_of_engine(_engine("tensorrt-rtx", "static"), "m")
+def test_a_server_decodes_several_sequences_by_an_engine(engine: EngineInfo) -> None:
+    """The ONNX that was handed to TensorRT stands in for the engine, which takes a GPU."""
+    model = session(Path(str(engine.onnx)))
+    server = Server(parsed(config_of_engine(engine, "m")), model)
+    for settings in ({"tau": 0.2, "max_depth": LAYERS}, {"tau": 2.0, "max_depth": LAYERS}):
+        clients = [Client(server, index, prompt, **settings) for index, prompt in enumerate(PROMPTS, 1)]
+        for _ in range(NEW):
+            for client in clients:
+                client.step()
+        for client, prompt in zip(clients, PROMPTS, strict=True):
+            player, ids, expected = StaticPlayer(model, 1, dict(settings)), prompt, []
+            for _ in range(NEW):
+                made = player.step(np.array([ids]))
+                ids = [int(made["logits"][0, -1].argmax())]
+                expected.append((ids[0], made["river.exit_depth"].item()))
+            assert list(zip(client.tokens, client.depths, strict=True)) == expected
 
 
-def test_an_engine_goes_into_a_repository_with_its_side_file(tmp_path: Path) -> None:
-    info = _engine("tensorrt", "static")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    (
+        ({"runtime": "tensorrt-rtx"}, "not of TensorRT-RTX: give --runtime tensorrt"),
+        ({"kv_cache": "static"}, "a static KV cache is written in place.*give --kv-cache scattered"),
+        ({"kv_cache": "concatenated"}, "a concatenated KV cache grows.*give --kv-cache scattered"),
+        ({"inputs": (Tensor("river.tau", "float32", ()),)}, "'river.tau' is a scalar.*build it anew"),
+    ),
+)
+def test_an_engine_that_triton_cannot_serve_is_refused(
+    engine: EngineInfo, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        config_of_engine(replace(engine, **fields), "m")
+
+
+def test_an_engine_goes_into_a_repository_with_its_side_file(engine: EngineInfo, tmp_path: Path) -> None:
     (tmp_path / "x.engine").write_bytes(b"")
-    side_file(tmp_path / "x.engine").write_text(info.to_json())
+    side_file(tmp_path / "x.engine").write_text(replace(engine, nbytes=0).to_json())
     made = write_engine(tmp_path / "x.engine", tmp_path / "repo", "x")
     assert sorted(str(file.relative_to(made)) for file in made.rglob("*.*")) == [
         "1/model.plan",
@@ -189,9 +207,13 @@ def test_an_engine_goes_into_a_repository_with_its_side_file(tmp_path: Path) -> 
     ]
 
 
-def test_the_command_refuses_a_runtime_that_triton_has_not(exported: Exported, tmp_path: Path) -> None:
+def test_the_command_refuses_what_triton_has_not(exported: Exported, tmp_path: Path) -> None:
     options = ["--target", "tensorrt", "--runtime", "tensorrt-rtx", "--layout", "triton"]
-    for output, message in (((), "output: name the model repository"), (("-o", "repo"), "not of TensorRT-RTX")):
-        given = [str(tmp_path / word) if word == "repo" else word for word in output]
+    repository = ["-o", str(tmp_path / "repo")]
+    for given, message in (
+        ([], "output: name the model repository"),
+        (repository, "not of TensorRT-RTX"),
+        ([*repository, "--kv-cache", "static"], "give --kv-cache scattered"),
+    ):
         result = CliRunner().invoke(main, [str(exported("llama")), *options, *given])
-        assert (result.exit_code, message in result.output) == (2, True)
+        assert (result.exit_code, message in " ".join(result.output.split())) == (2, True), result.output

@@ -28,6 +28,7 @@ from river_compile.exporters.tensorrt.engine import EngineInfo, Profile, side_fi
 from river_compile.exporters.tensorrt.linear import OPSET as LINEAR_OPSET
 from river_compile.exporters.tensorrt.linear import DequantizedMatMul
 from river_compile.exporters.tensorrt.runtime import RUNTIMES, load_runtime
+from river_compile.exporters.tensorrt.settings import make_inputs_ordinary
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.flatten_tokens import flatten_tokens
 from river_compile.passes.onnx.graph import export_model
@@ -264,7 +265,7 @@ def write_onnx(
     else:
         graph, anatomy = rewrite.dissect(proto, model.parent, prepare)
         written = export_model(graph)
-    defaults = _make_inputs_ordinary(written)
+    defaults = make_inputs_ordinary(written)
     files = onnx_file.save(written, output, model.parent, True, lambda done, total: progress("write", done, total))
     caches = [(slot.past, slot.present) for layer in anatomy.layers for slot in layer.caches]
     return RiverOnnx(files, written, caches, anatomy, result, dtype, defaults, _sha256(files[1:] or files))
@@ -290,16 +291,6 @@ def _float_types(proto: onnx.ModelProto, options: EngineOptions, model: Path) ->
     if own not in (wanted, "float32"):
         raise ConfigError("dtype", f"{model} computes in {own or 'another type'}; it cannot be built in {wanted}")
     return own, wanted
-
-
-def _make_inputs_ordinary(proto: onnx.ModelProto) -> dict[str, Any]:
-    """Take their defaults from inputs that have one: TensorRT would make constants of them. The defaults, by name."""
-    inputs = {value.name for value in proto.graph.input}
-    defaults = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in proto.graph.initializer if t.name in inputs}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name not in inputs]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return defaults
 
 
 def profiles(proto: onnx.ModelProto, caches: list[tuple[str, str]], options: EngineOptions) -> tuple[Profile, Profile]:

@@ -66,7 +66,7 @@ _OPTIONS = (
         type=click.Choice(["static", "scattered", "concatenated"]),
         default="static",
         show_default=True,
-        help="KV cache of the engine: a buffer written in place; two in turn; or past in and present out.",
+        help="KV cache of the engine: a buffer written in place; two in turn, for Triton; or past in and present out.",
     ),
     click.option(
         "--runtime",
@@ -160,12 +160,22 @@ def build_into_repository(
 
     Raises:
         ConfigError: no repository is named, or the engine would have no weights in it.
-        InputError: Triton does not load what the runtime builds.
+        InputError: Triton does not load what the runtime builds, or serves no KV cache of the form asked for.
     """
     from river_compile.exporters.tensorrt.runtime import load_runtime
-    from river_compile.triton import check_repository, check_runtime, name_of, write_engine
+    from river_compile.triton import (
+        KV_CACHE,
+        check_kv_cache,
+        check_repository,
+        check_runtime,
+        name_of,
+        write_engine,
+    )
 
     target, name = check_repository(repository), name_of(model)
+    if click.get_current_context().get_parameter_source("kv_cache") == ParameterSource.DEFAULT:
+        options = dataclasses.replace(options, kv_cache=KV_CACHE)
+    check_kv_cache(options.kv_cache)
     check_runtime(load_runtime(options.runtime).name)
     if options.weightless:
         raise ConfigError("weightless", "Triton fits no weights into an engine")

@@ -77,6 +77,7 @@ def test_tensorrt_rtx_builds_it(exported: Exported, tmp_path: Path, family: str,
     types = {tensor.name: tensor.dtype for tensor in (*info.inputs, *info.outputs)}
     assert {types[name] for pair in info.caches for name in pair} == {dtype}
     assert types["river.tau"] == "float32" and types["river.max_depth"] == types["river.exit_depth"] == "int64"
+    assert all(tensor.shape for tensor in (*info.inputs, *info.outputs))
     _assert_header(engine)
     if dtype != "bfloat16":
         _assert_predicted_shapes(info, tmp_path / "m.onnx")
