@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -23,6 +22,7 @@ from river_compile.triton import KV_CACHE, config_of_engine, config_of_onnx, wri
 from tests.conftest import Exported
 from tests.families import LAYERS
 from tests.oracle import session
+from tests.signatures import write
 from tests.static_player import StaticPlayer
 from tests.test_documents import examples
 from tests.triton_server import Client, Remote, Server, parsed
@@ -85,22 +85,25 @@ def test_sequences_outlast_a_slow_pass_and_weights_are_loaded_once(exported: Exp
     assert [(group.count, group.kind) for group in config.instance_group] == [(1, 0)]
 
 
+@pytest.mark.parametrize(
+    "variant", ("static", "tokens before heads", "dimensions without names", "int32 tokens", "one sequence")
+)
+def test_other_signatures_are_served(exported: Exported, tmp_path: Path, variant: str) -> None:
+    source = write(exported("llama"), variant, tmp_path / "m.onnx")
+    river_compile.export(source, tmp_path / "repo", RiverConfig(tau=0.2), layout="triton")
+    server, own = Server.of(tmp_path / "repo" / "m"), OnnxDecoder(tmp_path / "repo" / "m" / "1" / "model.onnx")
+    clients = [Client(server, index, prompt) for index, prompt in enumerate(PROMPTS, 1)]
+    for _ in range(NEW):
+        for client in clients:
+            client.step()
+    assert [client.tokens for client in clients] == [own.generate([prompt], NEW).tokens[0] for prompt in PROMPTS]
+
+
 def test_a_cache_that_triton_would_mix_up_is_refused(exported: Exported, tmp_path: Path) -> None:
     """Named in one order going in and in another coming out, as triton-inference-server/server #8586 has it."""
-    model = onnx.load(exported("llama"))
-    names = {f"present.{layer}.key": f"present.{LAYERS - layer}.key" for layer in range(LAYERS)}
-    names = {name: f"{new}.of.{name}" for name, new in names.items()}
-    for node in model.graph.node:
-        for part in (node.input, node.output):
-            part[:] = [names.get(name, name) for name in part]
-    for value in model.graph.output:
-        value.name = names.get(value.name, value.name)
-    for entry in model.metadata_props:
-        if entry.key == "river.cache":
-            entry.value = json.dumps([(past, names.get(new, new)) for past, new in json.loads(entry.value)])
-    onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(InputError, match=r"would continue 'past_key_values\.0\.key' with 'present\.0\.value'"):
-        config_of_onnx(OnnxDecoder(tmp_path / "model.onnx"), "m")
+    decoder = OnnxDecoder(write(exported("llama"), "other names", tmp_path / "m.onnx"))
+    with pytest.raises(InputError, match="would continue 'state_a' with 'next_a' instead of 'next_h'"):
+        config_of_onnx(decoder, "m")
 
 
 def test_one_model_of_a_repository_is_made_anew(exported: Exported, tmp_path: Path) -> None:
