@@ -7,10 +7,13 @@ batcher, and a state's variable sizes are 1 in the first request of a sequence.
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.export_file import export_file
-from river_compile.exporters.onnx.folder import staged_folder
 from river_compile.reports import ExportReport, Progress, QualityTexts, TuningTexts
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ __all__ = [
     "config_of_onnx",
     "export_repository",
     "name_of",
+    "staging_place",
     "write_engine",
     "write_onnx",
 ]
@@ -98,7 +101,7 @@ def _check_name(name: str) -> str:
 def write_onnx(model: Path, repository: Path, name: str, sequences: int = SEQUENCES) -> Path:
     """Move a river model's files into a repository, with its configuration for the onnxruntime backend.
 
-    A model of that name is replaced; others are left alone.
+    A model of that name is replaced, with all its versions; others are left alone.
 
     Returns:
         The model's folder.
@@ -110,7 +113,7 @@ def write_onnx(model: Path, repository: Path, name: str, sequences: int = SEQUEN
     from river_compile.runtime import OnnxDecoder
 
     config = config_of_onnx(OnnxDecoder(model), name, sequences)
-    with staged_folder(repository / _check_name(name)) as stage:
+    with _replaced(repository / _check_name(name)) as stage:
         (stage / _VERSION).mkdir()
         (stage / _CONFIG).write_text(config, encoding="utf-8")
         for file in sorted(model.parent.glob(f"{model.name}*")):
@@ -128,12 +131,49 @@ def write_engine(engine: Path, repository: Path, name: str, sequences: int = SEQ
     from river_compile.exporters.tensorrt.engine import EngineInfo, side_file
 
     config = config_of_engine(EngineInfo.load(engine), name, sequences)
-    with staged_folder(repository / _check_name(name)) as stage:
+    with _replaced(repository / _check_name(name)) as stage:
         (stage / _VERSION).mkdir()
         (stage / _CONFIG).write_text(config, encoding="utf-8")
         shutil.copyfile(engine, stage / _VERSION / _ENGINE)
         shutil.copyfile(side_file(engine), stage / _VERSION / (_ENGINE + ".json"))
     return repository / name
+
+
+@contextmanager
+def _replaced(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the target's place as a whole when all went well; else it is gone.
+
+    Nothing of what stood there stays: of several versions Triton serves the highest, by the one configuration.
+
+    Raises:
+        RiverError: it cannot be written.
+    """
+    stage = staging_place(check_repository(target.parent)) / f".{target.name}.{secrets.token_hex(4)}"
+    old = stage.with_name(f"{stage.name}.old")
+    try:
+        try:
+            stage.mkdir()
+            yield stage
+            if target.exists():
+                target.rename(old)
+            stage.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RiverError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def staging_place(repository: Path) -> Path:
+    """Where to make what is to be moved into a repository: beside it if that can be, since a server that polls it takes
+    every folder in it for a model."""
+    parent = repository.resolve().parent
+    apart = os.access(parent, os.W_OK) and parent.stat().st_dev == repository.stat().st_dev
+    return parent if apart else repository
 
 
 def export_repository(
@@ -152,7 +192,7 @@ def export_repository(
         ConfigError: no repository is named, or the model's name can be none in it.
     """
     repository, name = check_repository(repository), name_of(model)
-    with tempfile.TemporaryDirectory(prefix=".river-", dir=repository) as folder:
+    with tempfile.TemporaryDirectory(prefix=".river-", dir=staging_place(repository)) as folder:
         file = Path(folder) / _ONNX
         report = export_file(
             model, file, config, tuning=tuning, quality=quality, progress=progress, check=check, beside=None
@@ -167,7 +207,7 @@ def check_repository(repository: Path | None) -> Path:
     Raises:
         ConfigError: none is named.
         InputError: it is a file.
-        RiverError: it cannot be made.
+        RiverError: it cannot be made or written to.
     """
     if repository is None or repository.suffix == ".onnx":
         raise ConfigError("output", "name the model repository to write into, a folder")
@@ -177,6 +217,8 @@ def check_repository(repository: Path | None) -> Path:
         raise InputError(f"{repository}: is a file; name a model repository, a folder") from error
     except OSError as error:
         raise RiverError(f"{repository}: cannot be written: {error.strerror}") from error
+    if not os.access(repository, os.W_OK):
+        raise RiverError(f"{repository}: cannot be written to")
     return repository
 
 

@@ -14,11 +14,18 @@ from click.testing import CliRunner
 import river_compile
 from river_compile import RiverConfig
 from river_compile.cli.export import main
-from river_compile.errors import ConfigError, InputError
+from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.tensorrt.build import EngineOptions, build, default_config
 from river_compile.exporters.tensorrt.engine import EngineInfo, Tensor, side_file
 from river_compile.runtime import OnnxDecoder
-from river_compile.triton import KV_CACHE, config_of_engine, config_of_onnx, write_engine
+from river_compile.triton import (
+    KV_CACHE,
+    check_repository,
+    config_of_engine,
+    config_of_onnx,
+    staging_place,
+    write_engine,
+)
 from tests.conftest import Exported
 from tests.families import LAYERS
 from tests.oracle import session
@@ -110,14 +117,48 @@ def test_one_model_of_a_repository_is_made_anew(exported: Exported, tmp_path: Pa
     repository = tmp_path / "repo"
     (repository / "other").mkdir(parents=True)
     (repository / "other" / "config.pbtxt").write_text("kept")
-    for tau in ("0.5", "0.7"):
-        options = ["-o", str(repository), "--layout", "triton", "--external-data", "--tau", tau]
+    for tau, data in (("0.5", "--no-external-data"), ("0.6", "--external-data"), ("0.7", "--no-external-data")):
+        options = ["-o", str(repository), "--layout", "triton", data, "--tau", tau]
         result = CliRunner().invoke(main, [str(exported("llama")), *options])
         assert result.exit_code == 0, result.output
-    assert sorted(file.name for file in (repository / "model" / "1").iterdir()) == ["model.onnx", "model.onnx.data"]
+        beside = ["model.onnx.data"] if data == "--external-data" else []
+        assert sorted(file.name for file in (repository / "model" / "1").iterdir()) == ["model.onnx", *beside]
+        # A server would go on with an older model of a higher version.
+        (repository / "model" / "2").mkdir()
+    assert not list((repository / "model" / "1").glob("*.data"))
     assert json.loads(OnnxDecoder(repository / "model" / "1" / "model.onnx").metadata["river.config"])["tau"] == 0.7
     assert (repository / "other" / "config.pbtxt").read_text() == "kept"
     assert sorted(file.name for file in repository.iterdir()) == ["model", "other"]
+    assert [file.name for file in tmp_path.iterdir()] == ["repo"]
+
+
+def test_a_model_stays_where_the_new_one_fails(exported: Exported, tmp_path: Path, monkeypatch: Any) -> None:
+    river_compile.export(exported("llama"), tmp_path / "repo", layout="triton")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "repo").rglob("*")}
+    moved = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target.name == "model" and not self.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return moved(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(RiverError, match="cannot be written: No space left on device"):
+        river_compile.export(exported("llama"), tmp_path / "repo", layout="triton")
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "repo").rglob("*")} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["repo"]
+
+
+def test_a_repository_where_nothing_can_be_beside_it_holds_what_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repo").mkdir()
+    assert staging_place(tmp_path / "repo") == tmp_path
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert staging_place(tmp_path / "repo") == tmp_path / "repo"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RiverError, match="repo: cannot be written to"):
+        check_repository(tmp_path / "repo")
 
 
 def test_what_no_repository_can_be_is_refused(exported: Exported, tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def build_into_repository(
         check_repository,
         check_runtime,
         name_of,
+        staging_place,
         write_engine,
     )
 
@@ -179,7 +180,7 @@ def build_into_repository(
     check_runtime(load_runtime(options.runtime).name)
     if options.weightless:
         raise ConfigError("weightless", "Triton fits no weights into an engine")
-    with tempfile.TemporaryDirectory(prefix=".river-", dir=target) as folder:
+    with tempfile.TemporaryDirectory(prefix=".river-", dir=staging_place(target)) as folder:
         engine = Path(folder) / "model.engine"
         build(model, engine, None, config, options, tuning, quiet=quiet, as_json=as_json)
         click.echo(f"wrote {write_engine(engine, target, name)}", err=as_json)
