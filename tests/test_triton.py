@@ -39,20 +39,16 @@ NEW = 6
 
 
 def test_the_client_of_the_docs_decodes(exported: Exported, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "triton.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec(next(example for example in examples(page) if "tritonclient" in example), names)
     river_compile.export(exported("llama"), tmp_path, RiverConfig(tau=0.2), layout="triton")
     server = Server.of(tmp_path / "model")
     remote = Remote(server)
-    mask, tokens, made = [0], PROMPTS[0], []
-    for step in range(NEW):
-        token, depth = names["infer"](remote, "model", 7, tokens, mask, 0.95, end=step == NEW - 1)
-        assert 0 < depth <= LAYERS
-        tokens = [token]
-        made.append(token)
-    own = OnnxDecoder(tmp_path / "model" / "1" / "model.onnx")
-    assert made == own.generate([PROMPTS[0]], NEW, tau=0.95).tokens[0]
+    own = OnnxDecoder(tmp_path / "model" / "1" / "model.onnx").generate([PROMPTS[0]], NEW, tau=0.95)
+    assert names["infer"](remote, "model", 7, PROMPTS[0], [0], 0.95) == (own.tokens[0][0], own.steps[0].exit_depth)
+    # The same number once more begins anew.
+    assert names["generate"](remote, "model", 7, PROMPTS[0], NEW, 0.95) == own.tokens[0]
     assert not server.sequences
 
 
