@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.export_file import export_file
+from river_compile.exporters.onnx.onnx_file import staging
 from river_compile.reports import ExportReport, Progress, QualityTexts, TuningTexts
 
 if TYPE_CHECKING:
@@ -148,12 +148,10 @@ def _replaced(target: Path) -> Iterator[Path]:
     Raises:
         RiverError: it cannot be written.
     """
-    stage = staging_place(check_repository(target.parent)) / f".{target.name}.{secrets.token_hex(4)}"
-    old = stage.with_name(f"{stage.name}.old")
-    try:
+    with staging(target, staging_place(check_repository(target.parent))) as stage:
+        yield stage
+        old = stage.with_name(f"{stage.name}.old")
         try:
-            stage.mkdir()
-            yield stage
             if target.exists():
                 target.rename(old)
             stage.rename(target)
@@ -162,10 +160,7 @@ def _replaced(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RiverError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def staging_place(repository: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from typing import Any, Literal
 
 import onnx
 
-from river_compile.errors import InputError, MissingExtra, RiverError
-from river_compile.exporters.onnx.onnx_file import RIVER_CONFIG
+from river_compile.errors import InputError, MissingExtra
+from river_compile.exporters.onnx.onnx_file import RIVER_CONFIG, staging
 
 __all__ = ["CARD", "GENAI_CONFIG", "ModelFolder", "check_folder_target", "genai_config", "river_in", "staged_folder"]
 
@@ -227,20 +226,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         RiverError: it cannot be written.
     """
-    stage = target.parent / f".{target.name}.{secrets.token_hex(4)}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            stage.mkdir()
-            yield stage
-            if target.exists():
-                _move_into(stage, target)
-            else:
-                stage.rename(target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    except OSError as error:
-        raise RiverError(f"{target}: cannot be written: {error.strerror or error}") from error
+    with staging(target) as stage:
+        yield stage
+        if target.exists():
+            _move_into(stage, target)
+        else:
+            stage.rename(target)
 
 
 def _move_into(stage: Path, target: Path) -> None:

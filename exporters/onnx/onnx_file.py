@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "note",
     "save",
+    "staging",
 ]
 
 RIVER_CONFIG = "river.config"
@@ -200,7 +201,7 @@ def save(
     if not external and total > _PROTOBUF_LIMIT:
         raise RiverError(f"{path}: {total / 2**30:.1f} GB of weights do not fit into one file; use external data")
     data_name = _data_beside(path).name
-    with _staging(path) as stage:
+    with staging(path) as stage:
         held = [t for t in model.graph.initializer if not (external and _is_large(t))]
         for tensor in _all_tensors(model.graph.node, held):
             if uses_external_data(tensor):
@@ -256,12 +257,17 @@ def fingerprint(model: onnx.ModelProto, folder: Path | None) -> str:
 
 
 @contextmanager
-def _staging(path: Path) -> Iterator[Path]:
-    """A folder beside the target, gone afterwards whatever happens."""
+def staging(path: Path, place: Path | None = None) -> Iterator[Path]:
+    """A folder beside the target, or in ``place``, gone afterwards whatever happens.
+
+    Raises:
+        RiverError: something cannot be written; names the target.
+    """
+    place = place or path.parent
     # The name is known before the folder is made, so that a signal in between leaves nothing behind.
-    stage = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    stage = place / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         try:
             stage.mkdir()
             yield stage
