@@ -77,20 +77,14 @@ def read(tuned: Tuned, parameters: Mapping[str, torch.Tensor], folder: Path) -> 
         InputError: there is no such file, it is damaged or of another kind, or it belongs to other weights.
         MissingExtra: safetensors is not installed.
     """
-    path = folder / FILE
-    if not path.is_file():
-        raise InputError(f"{folder}: no saved river ({FILE}) here")
-    facts, arrays = _opened(path)
+    path, facts = _opened(folder)
     missing = [fact["parameter"] for fact in facts.values() if fact["parameter"] not in parameters]
     if missing:
         raise InputError(f"{path}: made for another model: this one has no {missing[0]}")
     for fact in facts.values():
         if fact["backbone"] != _hash(parameters[fact["parameter"]]):
             raise InputError(f"{path}: made for other weights than this model's ({fact['parameter']} differs)")
-    for key, fact in facts.items():
-        values, scales, zero_points = (arrays[f"{key}/{part}"] for part in _PARTS)
-        weight = QuantizedWeight(values, scales, zero_points, fact["bits"])
-        tuned.keep(parameters[fact["parameter"]], fact["quantizer"], fact["transposed"], weight)
+    _keep(tuned, path, facts, [(key, parameters[fact["parameter"]]) for key, fact in facts.items()])
     return len(facts)
 
 
@@ -107,49 +101,65 @@ def adopt(tuned: Tuned, parameters: Iterable[torch.Tensor], folder: Path, quanti
         ConfigError: there is no such file, it is damaged, another quantizer made it, or none of it belongs to these
             parameters.
     """
-    path = folder / FILE
     try:
-        if not path.is_file():
-            raise InputError(f"{folder}: no saved river ({FILE}) here")
-        facts, arrays = _opened(path)
+        path, facts = _opened(folder)
     except InputError as error:
         raise ConfigError(_OPTION, str(error)) from error
     made_by = min(fact["quantizer"] for fact in facts.values())
     if quantizer not in (made_by, RiverConfig.quantizer):
         raise ConfigError(_OPTION, f"{path}: made by {made_by}, not by {quantizer}")
-    found = False
-    for parameter in parameters:
-        if parameter.dim() < 2:
-            continue
-        held = any(name == made_by for name, _, _ in tuned.of(parameter))
-        backbone = "" if held else _hash(parameter)
-        for key in [key for key, fact in facts.items() if fact["backbone"] == backbone]:
-            values, scales, zero_points = (arrays[f"{key}/{part}"] for part in _PARTS)
-            weight = QuantizedWeight(values, scales, zero_points, facts[key]["bits"])
-            tuned.keep(parameter, facts[key]["quantizer"], facts[key]["transposed"], weight)
-            held = True
-        found |= held
-    if not found:
+    wide = [parameter for parameter in parameters if parameter.dim() >= 2]
+    new = [parameter for parameter in wide if not any(name == made_by for name, _, _ in tuned.of(parameter))]
+    hashes = [_hash(parameter) for parameter in new]
+    chosen = [
+        (key, parameter)
+        for parameter, backbone in zip(new, hashes, strict=True)
+        for key, fact in facts.items()
+        if fact["backbone"] == backbone
+    ]
+    if not chosen and len(new) == len(wide):
         raise ConfigError(_OPTION, f"{path}: made for other weights than this model's")
+    _keep(tuned, path, facts, chosen)
     return str(made_by)
 
 
-def _opened(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    numpy_files = _safetensors()
+def _keep(
+    tuned: Tuned, path: Path, facts: Mapping[str, Mapping[str, Any]], chosen: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Hold weights of a file, each by its key there, for the parameters that go with the keys."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        for key, parameter in chosen:
+            values, scales, zero_points = (file.get_tensor(f"{key}/{part}") for part in _PARTS)
+            weight = QuantizedWeight(values, scales, zero_points, facts[key]["bits"])
+            tuned.keep(parameter, facts[key]["quantizer"], facts[key]["transposed"], weight)
+
+
+def _opened(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The file in a folder, and what it tells of its weights, by their keys; the weights themselves are not read.
+
+    Raises:
+        InputError: there is none, or it is damaged or of another kind.
+        MissingExtra: safetensors is not installed.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: no saved river ({FILE}) here")
+    _safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+            metadata, held = file.metadata() or {}, set(file.keys())
         if metadata.get("river") != _FORMAT:
             raise InputError(f"{path}: no saved river of this release ({metadata.get('river', 'no note of one')})")
         facts = json.loads(metadata["weights"])
-        arrays = numpy_files.load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: damaged: {error}") from error
-    if any(f"{key}/{part}" not in arrays for key in facts for part in _PARTS):
+    if any(f"{key}/{part}" not in held for key in facts for part in _PARTS):
         raise InputError(f"{path}: damaged: it lacks weights that it tells of")
-    return facts, arrays
+    return path, facts
 
 
 def _hash(parameter: torch.Tensor) -> str:
