@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from river_compile.config import RiverConfig
+from river_compile.config import LAYOUTS, RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.export_file import Steps, as_onnx, export_file
 from river_compile.export_folder import export_folder, folder_for
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from river_compile.exporters.tensorrt.build import EngineOptions
     from river_compile.exporters.tensorrt.engine import EngineInfo
 
-__all__ = ["LAYOUTS", "build_engine", "export", "plan"]
-
-LAYOUTS = ("tool", "triton")
+__all__ = ["build_engine", "export", "plan"]
 
 
 def export(

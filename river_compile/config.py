@@ -20,6 +20,7 @@ FLOAT: Literal["float"] = "float"
 GROUP_SIZES = (32, 64, 128)
 ACTIVATIONS = ("float", "int8")
 KV_POLICIES = ("share", "propagate", "mask", "recompute", "monotone")
+LAYOUTS = ("tool", "triton")
 PREFILLS = ("auto", "river", "backbone")
 NEVER = 2.0
 """A ``tau`` that no similarity reaches: exits are off."""

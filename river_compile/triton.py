@@ -270,7 +270,7 @@ def config_of_onnx(decoder: OnnxDecoder, name: str, sequences: int = SEQUENCES) 
     shapes = {value.name: value for value in session.get_inputs()}
     states = [
         _State(
-            _tensor(shapes[slot.past], dims=tuple(-1 if size in (None, 0) else int(size or 0) for size in slot.sizes)),
+            _tensor(shapes[slot.past], dims=tuple(size or -1 for size in slot.sizes)),
             slot.present,
         )
         for slot in slots

@@ -82,7 +82,7 @@ def test_commands_run(page: Path, place: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "tools.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_run(page: Path, place: Path) -> None:
     torch.compiler.reset()
     tokenizer = AutoTokenizer.from_pretrained("hf_folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _run_original(path: Path, caches: _Shapes) -> tuple[dict[str, np.ndarray], d
         raise InputError(f"ONNX Runtime's CPU cannot load the original: {_one_line(error)}") from error
     names = [value.name for value in session.get_outputs()]
     problem = ""
-    ways: tuple[Callable[[], _Shapes], ...] = (lambda: caches, partial(_measured_shapes, session, path))
+    ways: tuple[Callable[[], _Shapes], ...] = (lambda: caches, cache(partial(_measured_shapes, session, path)))
     for shapes in ways:
         for past in _PASTS:
             try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import onnx
 
 from river_compile.errors import InputError, MissingExtra
-from river_compile.exporters.onnx.onnx_file import RIVER_CONFIG, staging
+from river_compile.exporters.onnx.onnx_file import is_river, staging
 
 __all__ = ["CARD", "GENAI_CONFIG", "ModelFolder", "check_folder_target", "genai_config", "river_in", "staged_folder"]
 
@@ -54,7 +54,7 @@ class ModelFolder:
                 architecture, or of an older release of the tool.
         """
         if (path / GENAI_CONFIG).is_file():
-            return cls(path, "genai", Path(_genai_decoder(path)["filename"]))
+            return cls(path, "genai", Path(_genai_decoder(path)))
         if not (path / _CONFIG).is_file():
             return None
         if any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
@@ -138,8 +138,8 @@ def genai_config(folder: Path) -> dict[str, Any]:
     return read
 
 
-def _genai_decoder(folder: Path) -> dict[str, Any]:
-    """The decoder's section of a GenAI config, with a file name that is there."""
+def _genai_decoder(folder: Path) -> str:
+    """The decoder's file, as a GenAI config names it."""
     file = folder / GENAI_CONFIG
     model = genai_config(folder).get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
@@ -154,7 +154,7 @@ def _genai_decoder(folder: Path) -> dict[str, Any]:
     name = decoder.get("filename", _MODEL)
     if not (folder / name).is_file():
         raise InputError(f"{file}: names the decoder {name!r}, which is not there")
-    return {**decoder, "filename": name}
+    return str(name)
 
 
 def _other_models(folder: Path, decoder: Path) -> Iterator[Path]:
@@ -214,7 +214,7 @@ def _is_river(file: Path) -> bool:
         model = onnx.load(str(file), load_external_data=False)
     except Exception:
         return False
-    return any(prop.key == RIVER_CONFIG for prop in model.metadata_props)
+    return is_river(model)
 
 
 @contextmanager

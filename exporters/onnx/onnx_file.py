@@ -19,7 +19,7 @@ from onnx.external_data_helper import uses_external_data
 from river_compile.errors import InputError, RiverError
 from river_compile.exporters.onnx.file_problems import kind_of_file, missing_weights
 from river_compile.exporters.onnx.normal_form import normal_form
-from river_compile.passes.onnx.external_data import chunks, place_of, tensor_bytes
+from river_compile.passes.onnx.external_data import chunks, make_inline, place_of, tensor_bytes
 
 __all__ = [
     "CALIBRATION",
@@ -28,6 +28,7 @@ __all__ = [
     "check_apart",
     "check_target",
     "fingerprint",
+    "is_river",
     "load",
     "note",
     "save",
@@ -64,7 +65,7 @@ def load(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         why = kind_of_file(path) or "it has no graph"
         raise InputError(f"{path}: not an ONNX model, or truncated ({why})")
-    if any(prop.key == RIVER_CONFIG for prop in model.metadata_props):
+    if is_river(model):
         raise InputError(f"{path}: already a river model; export from the original")
     for tensor in _tensors(model):
         _check_weight(tensor, path)
@@ -72,6 +73,11 @@ def load(path: Path) -> onnx.ModelProto:
     if why := missing_weights(model):
         raise InputError(f"{path}: {why}")
     return model
+
+
+def is_river(model: onnx.ModelProto) -> bool:
+    """Whether a model was given a river, as its metadata tells."""
+    return any(prop.key == RIVER_CONFIG for prop in model.metadata_props)
 
 
 def _one_line(error: BaseException) -> str:
@@ -204,10 +210,7 @@ def save(
     with staging(path) as stage:
         held = [t for t in model.graph.initializer if not (external and _is_large(t))]
         for tensor in _all_tensors(model.graph.node, held):
-            if uses_external_data(tensor):
-                tensor.raw_data = b"".join(chunks(tensor, folder))
-                tensor.ClearField("external_data")
-                tensor.data_location = onnx.TensorProto.DEFAULT
+            make_inline(tensor, folder)
         if external:
             with open(stage / data_name, "wb") as sink:
                 _stream(model, sink, data_name, folder, lambda done: progress(done, total))

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-from river_compile.passes.onnx.external_data import chunks, tensor_bytes
+from river_compile.passes.onnx.external_data import chunks, make_inline, tensor_bytes
 
 __all__ = ["save_sharing", "shared_tensors"]
 
@@ -32,10 +32,8 @@ def save_sharing(model: onnx.ModelProto, folder: Path, path: Path, owner: Path) 
         if other is not None and _same(tensor, folder, other, owner.parent):
             shared += tensor_bytes(tensor)
             tensor.CopyFrom(other)
-        elif uses_external_data(tensor):
-            tensor.raw_data = b"".join(chunks(tensor, folder))
-            tensor.ClearField("external_data")
-            tensor.data_location = onnx.TensorProto.DEFAULT
+        else:
+            make_inline(tensor, folder)
     path.write_bytes(model.SerializeToString())
     return shared
 

@@ -13,7 +13,7 @@ from onnx.external_data_helper import uses_external_data
 
 from river_compile.errors import InputError
 
-__all__ = ["Place", "chunks", "place_of", "tensor_bytes", "tensor_values"]
+__all__ = ["Place", "chunks", "make_inline", "place_of", "tensor_bytes", "tensor_values"]
 
 _NARROW = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 _CHUNK = 1 << 24
@@ -79,6 +79,14 @@ def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> np.ndarray:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
     inline = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=b"".join(chunks(tensor, folder)))
     return np.asarray(onnx.numpy_helper.to_array(inline))
+
+
+def make_inline(tensor: onnx.TensorProto, folder: Path | None) -> None:
+    """Move external data into the tensor itself; one that has none stays as it is."""
+    if uses_external_data(tensor):
+        tensor.raw_data = b"".join(chunks(tensor, folder))
+        tensor.ClearField("external_data")
+        tensor.data_location = onnx.TensorProto.DEFAULT
 
 
 def chunks(tensor: onnx.TensorProto, folder: Path | None) -> Iterator[bytes]:

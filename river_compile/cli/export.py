@@ -22,7 +22,7 @@ from river_compile.cli.options import (
     texts_option,
     tokenizer_option,
 )
-from river_compile.config import ACTIVATIONS, BITS, FLOAT, RiverConfig
+from river_compile.config import ACTIVATIONS, BITS, FLOAT, LAYOUTS, RiverConfig
 from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def _bits_for(
 )
 @click.option(
     "--layout",
-    type=choice(("tool", "triton")),
-    default="tool",
+    type=choice(LAYOUTS),
+    default=LAYOUTS[0],
     show_default=True,
     help="What a folder that is written into is: the tool's that MODEL is of, or a model repository of Triton "
     "Inference Server.",

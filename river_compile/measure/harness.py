@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.onnx.kv_cache import cache_argument
+from river_compile.measure.subject_of import refuse_given
 
 _LEAST = (0, 4, 13)
 try:
@@ -85,7 +87,7 @@ class RiverLM(HFLM):  # type: ignore[misc]
         settings = options if max_depth is None else options | {"max_depth": max_depth}
         self._river: _OnnxModel | _TorchModel
         if onnx is not None:
-            _refuse("is for a torch model; an exported one has its own", **options, river=river)
+            refuse_given("is for a torch model; an exported one has its own", **options, river=river)
             if dtype != "auto" or str(batch_size) != "1":
                 raise ConfigError("dtype" if dtype != "auto" else "batch_size", "is for a torch model")
             self._river = _OnnxModel(onnx, tokenizer, tau, max_depth, exact)
@@ -201,12 +203,6 @@ def command_line() -> None:
     cli_evaluate()
 
 
-def _refuse(why: str, **given: object) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(name, why)
-
-
 class _TorchModel:
     """A compiled model: ``model`` is the original, ``compiled`` what runs."""
 
@@ -263,8 +259,6 @@ class _OnnxModel:
     """An exported model; ``model`` looks to the harness like one of transformers as far as it asks."""
 
     def __init__(self, file: str, tokenizer: str | None, tau: float | None, max_depth: int | None, exact: bool) -> None:
-        from types import SimpleNamespace
-
         from river_compile.exporters.onnx.folder import river_in
         from river_compile.runtime import OnnxDecoder
 
@@ -320,8 +314,6 @@ class _OnnxModel:
 
 def _config_of(folder: Path) -> Any:
     """The Hugging Face config beside a tokenizer, or one that says nothing: GenAI's folders have none."""
-    from types import SimpleNamespace
-
     from transformers import AutoConfig
 
     if not folder.is_dir() or (folder / "config.json").is_file():

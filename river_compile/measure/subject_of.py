@@ -13,7 +13,7 @@ from river_compile.measure.fidelity import TextTokenizer
 from river_compile.measure.subjects import OnnxSubject, Subject
 from river_compile.measure.tuning import Tuning
 
-__all__ = ["subject_of"]
+__all__ = ["refuse_given", "subject_of"]
 
 
 def subject_of(
@@ -36,21 +36,25 @@ def subject_of(
     """
     named = isinstance(model, (str, Path))
     if named and not Path(model).is_dir():
-        _refuse("is of a Hugging Face model; an exported river model has its own", config=config, dtype=dtype)
+        refuse_given("is of a Hugging Face model; an exported river model has its own", config=config, dtype=dtype)
         return OnnxSubject(model, threads)
     if not named and hasattr(model, "read"):
-        _refuse("is not for a subject, which has its own", config=config, dtype=dtype, threads=threads)
+        refuse_given("is not for a subject, which has its own", config=config, dtype=dtype, threads=threads)
         return model  # type: ignore[no-any-return]
-    _refuse("is ONNX Runtime's; torch takes OMP_NUM_THREADS", threads=threads)
+    refuse_given("is ONNX Runtime's; torch takes OMP_NUM_THREADS", threads=threads)
     if named:
         subject = CompiledSubject.load(Path(model), config, dtype=dtype or DTYPES[0], capacity=capacity)
         subject.tune(Tuning(tokenizer), progress)
         return subject
-    _refuse("is for a folder; a module has its own", dtype=dtype)
+    refuse_given("is for a folder; a module has its own", dtype=dtype)
     return CompiledSubject(model, config, capacity=capacity)
 
 
-def _refuse(why: str, **given: object) -> None:
+def refuse_given(why: str, **given: object) -> None:
+    """
+    Raises:
+        ConfigError: one of the settings is given.
+    """
     for name, value in given.items():
         if value is not None:
             raise ConfigError(name, why)
