@@ -21,8 +21,9 @@ from tests.torch_models import as_it_is, play, prompt
 GB = 1e9
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", 4), ("llama", 8), ("qwen2", 4), ("gemma2", 8), ("gpt2", 4), ("phi3", 8)]
+)
 def test_sizes_are_those_of_the_model_and_the_river_that_is_made(family: str, bits: int, tmp_path: Path) -> None:
     torch.compiler.reset()
     model = random_model(family, 3)

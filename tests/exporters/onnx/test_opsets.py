@@ -13,6 +13,7 @@ from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.normal_form import opset_of
 from river_compile.exporters.tensorrt.build import EngineOptions, default_config, write_onnx
 from tests.contrib_model import ContribDecoder
+from tests.cross_attending_model import cross_attending_model
 from tests.families import LAYERS, VOCABULARY
 from tests.oracle import Oracle, Player, assert_close, session
 from tests.traced_model import traced_model
@@ -90,3 +91,25 @@ def test_what_is_written_for_tensorrt_fits_its_opset(tmp_path: Path, kv_cache: s
     made = write_onnx(original, tmp_path / "m.onnx", default_config(tau=2.0), options)
     onnx.checker.check_model(str(made.path), full_check=True)
     assert opset_of(made.proto) == (24 if kv_cache == "static" else 21)
+
+
+def test_a_decoder_that_also_looks_at_an_encoder_has_a_river(tmp_path: Path) -> None:
+    """As of BART or Whisper, by the legacy exporter: the encoder's keys and values come in and stay as they are."""
+    original, river = cross_attending_model(tmp_path / "model.onnx", layers=LAYERS), tmp_path / "m.onnx"
+    report = export(original, river, RiverConfig(tau=2.0, activations="float"))
+    assert report.layers == report.river_layers == LAYERS
+    oracle, runner = Oracle(original, river), session(river)
+    rng = np.random.default_rng(0)
+    shapes = {"encoder_hidden_states": (2, 6, 64), "decoder": (2, 4, 3, 16), "encoder": (2, 4, 6, 16)}
+    feeds: dict[str, np.ndarray] = {"input_ids": rng.integers(3, VOCABULARY, (2, 1))}
+    for value in runner.get_inputs():
+        kind = value.name.split(".")[2] if "." in value.name else value.name
+        if kind in shapes:
+            feeds[value.name] = rng.standard_normal(shapes[kind], np.float32)
+        elif value.name == "encoder_attention_mask":
+            feeds[value.name] = np.ones((2, 6), np.int64)
+    names = [value.name for value in session(original).get_outputs()]
+    for depth in range(LAYERS + 1):
+        settings = {"river.tau": np.array(2, np.float32), "river.max_depth": np.array(depth)}
+        found = dict(zip(names, runner.run(names, feeds | settings), strict=True))
+        assert_close(found, dict(zip(names, oracle.at(depth).run(names, feeds), strict=True)))
