@@ -192,7 +192,9 @@ def save(
 
     Args:
         model: its external tensors point into ``folder`` and are streamed from there. It is changed by this call.
-        external: whether weights go into ``<name>.data`` beside the model; None: when they are over 1 GB in all.
+        external: whether weights go into ``<name>.data`` beside the model; None: when the model has
+            large ones there, or they are over 1 GB in all. What is streamed there is not held in memory, and mapped
+            where it is run.
         progress: is told bytes done and bytes in all.
         check: is told the temporary name when all is written; what it raises leaves the target as it was.
 
@@ -203,7 +205,8 @@ def save(
         RiverError: the disk is full or not writable, or the model is too large for one file.
     """
     total = sum(map(tensor_bytes, model.graph.initializer))
-    external = total > EXTERNAL_ABOVE if external is None else external
+    if external is None:
+        external = total > EXTERNAL_ABOVE or any(uses_external_data(t) for t in model.graph.initializer if _is_large(t))
     if not external and total > _PROTOBUF_LIMIT:
         raise RiverError(f"{path}: {total / 2**30:.1f} GB of weights do not fit into one file; use external data")
     data_name = _data_beside(path).name

@@ -160,7 +160,7 @@ def _bits_for(
 @click.option(
     "--external-data/--no-external-data",
     default=None,
-    help="Weights in one file beside the model, or within it.  [default: beside it when over 1 GB]",
+    help="Weights in one file beside the model, or within it.  [default: as the model's are; beside it when over 1 GB]",
 )
 @click.option(
     "--layout",

@@ -153,7 +153,9 @@ def test_a_hugging_face_folder_is_exported_first(tmp_path: Path) -> None:
     result = _run(tmp_path / "hf")
     assert result.exit_code == 0, result.output
     assert "2, found by metadata" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted([*before, "model.river.onnx"])
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == sorted(
+        [*before, "model.river.onnx", "model.river.onnx.data"]
+    )
 
 
 _SLOW_DISK = """

@@ -181,6 +181,19 @@ def test_a_folder_of_links_as_a_hub_makes_it(external: Path, tmp_path: Path, lay
     np.testing.assert_array_equal(probe.read(ids[0])["logits"], Player(session(external), 1).step(ids)["logits"])
 
 
+def test_weights_stay_where_the_model_has_them(model: Path, tmp_path: Path) -> None:
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(model), apart, save_as_external_data=True, location="w", size_threshold=1024)
+    for source, where, beside in (
+        (model, None, False),
+        (apart, None, True),
+        (model, True, True),
+        (apart, False, False),
+    ):
+        export(source, tmp_path / "m.onnx", RiverConfig(external_data=where))
+        assert (tmp_path / "m.onnx.data").exists() is beside, (source.name, where)
+
+
 def test_links_within_the_folder_and_a_link_to_the_model_alone(external: Path, tmp_path: Path) -> None:
     inside = external.parent / "sub"
     inside.mkdir()
