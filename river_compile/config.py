@@ -60,8 +60,8 @@ class RiverConfig:
         kv_policy: what becomes of the K and V of skipped layers: "share", the river; the others (propagate, mask,
             recompute, monotone) exist in `river_compile.reference` alone, to be compared with.
         extra_output: whether an exported model has the output ``river.exit_depth``.
-        external_data: whether exported weights go into one file beside the model; None: where the
-            model's are, or when over 1 GB.
+        external_data: whether exported weights go into one file beside the model; None: where the model's
+            are, or when over 1 GB.
         dump_dir: a folder that gets the graph after each pass in a readable form.
         prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
             every layer), or "auto" (river only for prompts so short that its products are faster there).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import BartConfig, BartForConditionalGeneration, DynamicCache,
 from transformers.modeling_outputs import BaseModelOutput
 
 from tests.families import VOCABULARY
+from tests.traced_model import export_quietly
 
 _WIDTH, _HEADS = 64, 4
 
@@ -70,16 +70,6 @@ def cross_attending_model(path: Path, layers: int) -> Path:
     outputs = ["logits", *(f"present.{slot}" for slot in own)]
     axes |= {name: {0: "batch", 2: "total"} for name in outputs[1:]}
     example = (torch.ones(2, 1, dtype=torch.long), torch.ones(2, 5, dtype=torch.long), torch.randn(2, 5, _WIDTH), *past)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Decoder(layers),
-            example,
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes=axes,
-            opset_version=17,
-            dynamo=False,
-        )
+    settings = {"input_names": inputs, "output_names": outputs, "opset_version": 17, "dynamo": False}
+    export_quietly(_Decoder(layers), example, path, dynamic_axes=axes, **settings)
     return path

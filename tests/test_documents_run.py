@@ -42,12 +42,14 @@ def prepared(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pa
     model = save_word_tokenizer(save_word_model(work / "word_model"))
     for name in FOLDERS:
         shutil.copytree(model, work / name)
-    for name in ("river.onnx", *RIVERS):
-        river_compile.export(exported("llama"), work / name, RiverConfig(exact=True, bits=8, head_bits=8))
+    in_one_file = RiverConfig(exact=True, bits=8, head_bits=8, external_data=False)
+    river_compile.export(exported("llama"), work / "river.onnx", in_one_file)
     for name in MODELS:
         shutil.copy(exported("llama"), work / name)
         shutil.copy(str(exported("llama")) + ".data", (work / name).parent / "model.onnx.data")
     river_compile.export(work / "model.onnx", work / "model.river.onnx")
+    for name in RIVERS:
+        shutil.copy(work / "river.onnx", work / name)
     shutil.copytree(model, work / "built", ignore=shutil.ignore_patterns("*.safetensors"))
     for name in ("model.onnx", "model.onnx.data"):
         shutil.copy(work / name, work / "built")

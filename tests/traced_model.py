@@ -77,17 +77,14 @@ def traced_model(path: Path, opset: int, *, dynamo: bool, **settings: Any) -> Pa
         axes = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "logits")}
         axes |= {name: {0: "batch", 2: "length"} for name in [*inputs[2:], *outputs[1:]]}
         settings["dynamic_axes"] = axes | {"attention_mask": {0: "batch", 1: "total"}}
+    settings |= {"input_names": inputs, "output_names": outputs, "opset_version": opset, "dynamo": dynamo}
+    export_quietly(TracedDecoder().eval(), example, path, **settings)
+    return path
+
+
+def export_quietly(module: nn.Module, example: tuple[Any, ...], path: Path, **settings: Any) -> None:
+    """torch.onnx.export without its warnings."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            TracedDecoder().eval(),
-            example,
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=opset,
-            dynamo=dynamo,
-            **settings,
-        )
-    return path
+        torch.onnx.export(module, example, str(path), **settings)

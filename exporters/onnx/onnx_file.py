@@ -192,9 +192,9 @@ def save(
 
     Args:
         model: its external tensors point into ``folder`` and are streamed from there. It is changed by this call.
-        external: whether weights go into ``<name>.data`` beside the model; None: when the model has
-            large ones there, or they are over 1 GB in all. What is streamed there is not held in memory, and mapped
-            where it is run.
+        external: whether weights go into ``<name>.data`` beside the model; None: when the model has large
+            ones there, or they are over 1 GB in all. They are streamed there without being held in memory, and mapped
+            where the model runs.
         progress: is told bytes done and bytes in all.
         check: is told the temporary name when all is written; what it raises leaves the target as it was.
 

@@ -100,16 +100,21 @@ def test_a_decoder_that_also_looks_at_an_encoder_has_a_river(tmp_path: Path) -> 
     assert report.layers == report.river_layers == LAYERS
     oracle, runner = Oracle(original, river), session(river)
     rng = np.random.default_rng(0)
-    shapes = {"encoder_hidden_states": (2, 6, 64), "decoder": (2, 4, 3, 16), "encoder": (2, 4, 6, 16)}
-    feeds: dict[str, np.ndarray] = {"input_ids": rng.integers(3, VOCABULARY, (2, 1))}
+    feeds: dict[str, np.ndarray] = {
+        "input_ids": rng.integers(3, VOCABULARY, (2, 1)),
+        "encoder_attention_mask": np.ones((2, 6), np.int64),
+        "encoder_hidden_states": rng.standard_normal((2, 6, 64), np.float32),
+    }
     for value in runner.get_inputs():
-        kind = value.name.split(".")[2] if "." in value.name else value.name
-        if kind in shapes:
-            feeds[value.name] = rng.standard_normal(shapes[kind], np.float32)
-        elif value.name == "encoder_attention_mask":
-            feeds[value.name] = np.ones((2, 6), np.int64)
-    names = [value.name for value in session(original).get_outputs()]
+        if value.name not in feeds:
+            _, heads, _, width = value.shape
+            sizes = (2, heads, 6 if ".encoder." in value.name else 3, width)
+            feeds[value.name] = rng.standard_normal(sizes, np.float32)
+    names = [value.name for value in runner.get_outputs()]
     for depth in range(LAYERS + 1):
+        plain = oracle.at(depth)
+        expected = plain.run(None, feeds)
         settings = {"river.tau": np.array(2, np.float32), "river.max_depth": np.array(depth)}
         found = dict(zip(names, runner.run(names, feeds | settings), strict=True))
-        assert_close(found, dict(zip(names, oracle.at(depth).run(names, feeds), strict=True)))
+        assert_close(found, dict(zip((value.name for value in plain.get_outputs()), expected, strict=True)))
+        assert found["river.exit_depth"] == depth
