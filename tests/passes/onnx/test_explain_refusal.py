@@ -296,7 +296,7 @@ def _round(model: ModelProto, names: set[str]) -> None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in [node for node in model.graph.node if node.name in names]:
         weight = onnx.numpy_helper.to_array(tensors[node.input[1]])
-        scale = np.abs(weight).max() / 127
+        scale = np.float32(np.abs(weight).max() / 127)
         name = node.input[1]
         tensors[name].CopyFrom(onnx.numpy_helper.from_array(np.round(weight / scale).astype(np.int8), name))
         model.graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}/scale"))
