@@ -45,6 +45,7 @@ def export_file(
     from river_compile.exporters.onnx.check import check_result
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
+    from river_compile.passes.onnx.cut_logits import cut_logits
     from river_compile.passes.onnx.widen_products import widen_products
 
     progress, started = progress or (lambda step, done, total: None), time.perf_counter()
@@ -75,6 +76,7 @@ def export_file(
             lambda done, total: progress("quantize", done, total),
             moments,
             prepare=(widen_products,),
+            before_head=(cut_logits,),
         )
         steps.seconds |= result.seconds
         if config.calibration is not None:

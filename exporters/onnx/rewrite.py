@@ -86,6 +86,7 @@ def rewrite(
     moments: Mapping[str, np.ndarray] | None = None,
     *,
     prepare: Sequence[Preparation] = (),
+    before_head: Sequence[Finish] = (),
     finish: Sequence[Finish] = (),
 ) -> Rewrite:
     """Give a decoder its exit river.
@@ -95,7 +96,8 @@ def rewrite(
         folder: where its external data lies.
         progress: is told layers quantized and layers in all.
         moments: see `grow_river`.
-        prepare, finish: passes that only this destination needs, before and after those that all have.
+        prepare, before_head, finish: passes that only this destination needs: before those that all have, before the
+            last of them, `share_head`, and after it.
 
     Raises:
         RiverError: the model is no decoder that can be rewritten, or a pass failed its check.
@@ -117,6 +119,12 @@ def rewrite(
             _dump(graph, config.dump_dir / f"{len(ran)}_{name}.txt")
         seconds[name] = time.perf_counter() - started
 
+    def run(passes: Sequence[Finish]) -> None:
+        for one in passes:
+            started = time.perf_counter()
+            one(graph, anatomy)
+            after(_name(one), started)
+
     started = time.perf_counter()
     graph, anatomy = dissect(model, folder, prepare)
     original = Original.of(graph)
@@ -131,15 +139,24 @@ def rewrite(
     started = time.perf_counter()
     points = insert_exits(graph, anatomy, branches, config)
     after("insert_exits", started)
+    run(before_head)
     if river.head_twin is not None:
         started = time.perf_counter()
         share_head(graph, river, branches)
         after("share_head", started)
-    for finishing in finish:
-        started = time.perf_counter()
-        finishing(graph, anatomy)
-        after(_name(finishing), started)
+    run(finish)
     started = time.perf_counter()
+    _note_settings(graph, anatomy, config, quantizer)
+    rewritten = export_model(graph)
+    _forget_shapes(rewritten.graph)
+    added = count_nodes(rewritten.graph) - nodes_before
+    made_by = {name: maker for name, maker in made_by.items() if name and maker}
+    seconds["assemble"] = time.perf_counter() - started
+    return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, made_by, seconds)
+
+
+def _note_settings(graph: OnnxGraph, anatomy: Anatomy, config: RiverConfig, quantizer: Quantizer) -> None:
+    """What a runtime reads of a river, as metadata."""
     graph.metadata[RIVER_CONFIG] = config.to_json()
     if config.calibration is not None:
         graph.metadata[CALIBRATION] = str(config.calibration)
@@ -147,12 +164,6 @@ def rewrite(
     graph.metadata["river.layers"] = str(len(anatomy.layers))
     slots = [[slot.past, slot.present] for layer in anatomy.layers for slot in layer.caches]
     graph.metadata["river.cache"] = json.dumps(slots)
-    rewritten = export_model(graph)
-    _forget_shapes(rewritten.graph)
-    added = count_nodes(rewritten.graph) - nodes_before
-    made_by = {name: maker for name, maker in made_by.items() if name and maker}
-    seconds["assemble"] = time.perf_counter() - started
-    return Rewrite(rewritten, anatomy, river, points, backbone_bytes, added, made_by, seconds)
 
 
 def _name(step: object) -> str:

@@ -137,9 +137,9 @@ class Decoder(Passes):
             ids, mask = self._continue(state, ids, mask)
         started = time.perf_counter()
         if exact:
-            logits, depth = self.backbone(ids, state, mask)
+            logits, depth = self.backbone(ids, state, mask, last_only=True)
         else:
-            logits, depth = self.forward(ids, state, mask, tau, max_depth)
+            logits, depth = self.forward(ids, state, mask, tau, max_depth, last_only=True)
         first = [sampling.choose(row) for row in logits[:, -1]]
         yield Step(tuple((token,) for token in first), depth, time.perf_counter() - started)
         if exact and self.verifies and (len(prompts) == 1 or self.ragged):

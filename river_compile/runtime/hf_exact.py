@@ -109,11 +109,15 @@ class HfPasses(Passes):
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         with self._exits(tau, max_depth):
             return self._run(ids, state), None
 
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
         return self.forward(ids, state, mask, NEVER, None)
 
     def _run(self, ids: np.ndarray, state: State) -> np.ndarray:

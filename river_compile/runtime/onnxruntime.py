@@ -23,6 +23,7 @@ DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 _TAU_OFFSETS = "river.tau_offsets"
+_LOGITS_FROM = "river.logits_from"
 _MISPLANNED = "Shape mismatch attempting to re-use buffer"
 
 
@@ -135,6 +136,8 @@ class OnnxDecoder(Decoder):
         tau: float | None = None,
         max_depth: int | None = None,
         tau_offsets: Sequence[float] | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         """Run tokens through the model and move the state on.
 
@@ -144,10 +147,11 @@ class OnnxDecoder(Decoder):
             mask: int64 [batch, sequence], 0 for padding; all real if None.
             tau, max_depth: override the model's defaults for this pass.
             tau_offsets: likewise, one number a layer, of a model that was exported with room for them.
+            last_only: leave out all logits but the last token's, if the model can.
 
         Returns:
-            Logits, float32 [batch, sequence, vocabulary], of the last token only where the model gives no others; and
-            the exit depth if the model tells it.
+            Logits, float32 [batch, sequence, vocabulary], of the last token only where the model gives no others or
+            ``last_only`` was asked for; and the exit depth if the model tells it.
 
         Raises:
             ConfigError: the model has no river to set ``tau`` for, takes no padding, or holds fewer tokens.
@@ -157,11 +161,14 @@ class OnnxDecoder(Decoder):
         if ids.shape[1] > step:
             cuts = range(step, ids.shape[1], step)
             parts = zip(np.split(ids, cuts, axis=1), np.split(mask, cuts, axis=1), strict=True)
-            passes = [self.forward(part, state, real, tau, max_depth, tau_offsets) for part, real in parts]
+            passes = [
+                self.forward(part, state, real, tau, max_depth, tau_offsets, last_only=last_only)
+                for part, real in parts
+            ]
             return np.concatenate([logits for logits, _ in passes], axis=1), passes[-1][1]
         if not (mask.all() and state.mask.all()) and not self.takes_padding:
             raise ConfigError("prompts", "this model does not tell padding from tokens: give prompts of one length")
-        return self._pass(ids, state, mask, tau, max_depth, tau_offsets)
+        return self._pass(ids, state, mask, tau, max_depth, tau_offsets, last_only)
 
     def _pass(
         self,
@@ -171,6 +178,7 @@ class OnnxDecoder(Decoder):
         tau: float | None = None,
         max_depth: int | None = None,
         tau_offsets: Sequence[float] | None = None,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         seen = np.concatenate([state.mask, mask], axis=1)
         feeds = {name: self._on_cpu(value) for name, value in self.signature.feeds(ids, seen).items()}
@@ -185,6 +193,8 @@ class OnnxDecoder(Decoder):
                     lack = "no threshold for each layer" if self.has_river else "no river"
                     raise ConfigError(name.removeprefix("river."), f"this model has {lack}")
                 feeds[name] = self._on_cpu(np.array(setting, kind))
+        if last_only and _LOGITS_FROM in self._overridable:
+            feeds[_LOGITS_FROM] = self._on_cpu(np.array([-1]))
         outputs = self._run(feeds | state.caches)
         state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
         state.read(ids, mask)
@@ -192,11 +202,13 @@ class OnnxDecoder(Decoder):
         logits = outputs[self.signature.logits].numpy().astype(np.float32, copy=False)
         return logits.reshape(len(ids), -1, logits.shape[-1]), depth
 
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
         if not self.has_river:
-            return self.forward(ids, state, mask)
+            return self.forward(ids, state, mask, last_only=last_only)
         offsets = (0.0,) * (self.layers or 0) if self.has_offsets else None
-        return self.forward(ids, state, mask, NEVER, self.layers, offsets)
+        return self.forward(ids, state, mask, NEVER, self.layers, offsets, last_only=last_only)
 
     def check_request(self, batch: int, tokens: int) -> None:
         self.signature.check(batch, tokens)

@@ -85,6 +85,8 @@ class Passes(ABC):
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         """Run tokens through the model and move the state on.
 
@@ -93,13 +95,17 @@ class Passes(ABC):
             state: its KV cache is replaced by one that holds these tokens as well.
             mask: int64 [sequences, new], 0 for padding; all real if None.
             tau, max_depth: override the model's defaults for this pass.
+            last_only: only the last token's logits are wanted; a runtime may leave out the others, which cost much
+                where the prompt is long.
 
         Returns:
             Logits, float32 [sequences, new, vocabulary], and the exit depth if the model tells it.
         """
 
     @abstractmethod
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
         """`forward` with exits off, whatever the model's defaults."""
 
     def mark(self, state: State) -> Any:

@@ -89,6 +89,8 @@ class TensorRTDecoder(Decoder):
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         """Run tokens through the model and move the state on; see `OnnxDecoder.forward`.
 
@@ -109,16 +111,19 @@ class TensorRTDecoder(Decoder):
         feeds |= self._settings(tau, max_depth)
         with torch.cuda.stream(self._stream):
             outputs = self._run(self._contexts[profile], feeds, state, shapes)
-            logits = outputs["logits"].float().cpu().numpy()
+            wanted = outputs["logits"][:, -1:] if last_only else outputs["logits"]
+            logits = wanted.float().cpu().numpy()
             depth = int(outputs[_EXIT_DEPTH].cpu()) if _EXIT_DEPTH in outputs else None
         state.read(ids, mask)
         state.caches = {p: outputs[present] for p, present in self.info.caches}
         return logits, depth
 
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
         if self.has_river:
-            return self.forward(ids, state, mask, NEVER, self.layers)
-        return self.forward(ids, state, mask)
+            return self.forward(ids, state, mask, NEVER, self.layers, last_only=last_only)
+        return self.forward(ids, state, mask, last_only=last_only)
 
     def check_request(self, batch: int, tokens: int) -> None:
         self.info.check_request(batch, tokens)

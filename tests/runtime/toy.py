@@ -45,10 +45,14 @@ class Toy(Decoder):
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         return self._run(ids, state, mask, river=max_depth == 0)
 
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
         return self._run(ids, state, mask, river=False)
 
     def _run(
