@@ -25,7 +25,7 @@ from river_compile.measure.sensitivity import divergence, starts
 from river_compile.measure.tuning import Tuning
 from river_compile.passes.quantizer import ActivationAware
 from river_compile.runtime import OnnxDecoder
-from river_compile.runtime.drafting import Costs, DraftLength
+from river_compile.runtime.drafting import Costs, DraftLength, expected_speedup
 from river_compile.runtime.exact import Experience
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "DraftTuning",
     "acceptance_by_place",
     "choose_for_drafting",
-    "expected_speedup",
     "fixed_length",
     "measure_drafts",
     "timed_ratio",
@@ -101,29 +100,6 @@ class DraftPlan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON's types."""
         return {"cpu": cpu_name(), "chosen": self.chosen, "points": [asdict(point) for point in self.points]}
-
-
-def expected_speedup(
-    acceptance: Sequence[float], plain: float, draft: float, verify: Callable[[int], float]
-) -> tuple[float, int]:
-    """Speed-up of exact decoding over plain decoding at the best fixed draft length, and that length.
-
-    A round of k drafts makes 1 + sum over j of the product of the first j acceptances tokens, and takes k drafts and a
-    backbone pass of k + 1 rows.
-
-    Args:
-        acceptance: by place in the round.
-        plain, draft: time of a pass of one row, and of a draft.
-        verify: time of a backbone pass of so many rows.
-    """
-    best, length, tokens, survival = 1.0, 0, 1.0, 1.0
-    for count, accepted in enumerate(acceptance, 1):
-        survival *= accepted
-        tokens += survival
-        speedup = tokens * plain / (count * draft + verify(count + 1))
-        if speedup > best:
-            best, length = speedup, count
-    return best, length
 
 
 @dataclass(frozen=True)

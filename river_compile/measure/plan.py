@@ -18,8 +18,8 @@ from torch import nn
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.torch.stack import find_stack, is_linear
-from river_compile.measure.drafting import expected_speedup
 from river_compile.passes.quantizer import fitting_group
+from river_compile.runtime.drafting import expected_speedup
 
 __all__ = ["RiverPlan", "Sizes", "plan_river", "sizes_of"]
 

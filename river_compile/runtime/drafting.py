@@ -7,11 +7,12 @@ that a fixed length would reach. Where that is plain decoding's nothing is draft
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Costs", "DraftLength"]
+__all__ = ["Costs", "DraftLength", "expected_speedup"]
 
 _LEARNING = 0.1
 # How much a pass's time may move its estimate at once: another process on the cores makes outliers.
@@ -221,3 +222,26 @@ class DraftLength:
                 self._patience = _FIRST_PROBE
         else:
             self._since_draft += 1
+
+
+def expected_speedup(
+    acceptance: Sequence[float], plain: float, draft: float, verify: Callable[[int], float]
+) -> tuple[float, int]:
+    """Speed-up of exact decoding over plain decoding at the best fixed draft length, and that length.
+
+    A round of k drafts makes 1 + sum over j of the product of the first j acceptances tokens, and takes k drafts and a
+    backbone pass of k + 1 rows.
+
+    Args:
+        acceptance: by place in the round.
+        plain, draft: time of a pass of one row, and of a draft.
+        verify: time of a backbone pass of so many rows.
+    """
+    best, length, tokens, survival = 1.0, 0, 1.0, 1.0
+    for count, accepted in enumerate(acceptance, 1):
+        survival *= accepted
+        tokens += survival
+        speedup = tokens * plain / (count * draft + verify(count + 1))
+        if speedup > best:
+            best, length = speedup, count
+    return best, length

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 from river_compile.cli.export import main
 from river_compile.config import RiverConfig
-from river_compile.measure.drafting import DraftTuning, acceptance_by_place, expected_speedup, fixed_length
+from river_compile.measure.drafting import DraftTuning, acceptance_by_place, fixed_length
 from river_compile.measure.fidelity import Document, TextTokenizer
 from river_compile.runtime import Generation, OnnxDecoder
+from river_compile.runtime.drafting import expected_speedup
 from tests.families import VOCABULARY
 from tests.words import save_word_texts, save_word_tokenizer
 
