@@ -57,8 +57,8 @@ class Section:
 
 
 SECTIONS = (
-    Section("depths", 60),
-    Section("int4", 25),
+    Section("depths", 55),
+    Section("int4", 30),
     Section("graphs", 45),
     Section("llama-3.2-1b", 100),
     Section("exact", 85),
@@ -111,7 +111,7 @@ def _options() -> argparse.Namespace:
         choices=("plain", "inductor"),
         help="on a CPU, with toys for models, where no figure means anything; what runs compiled if it says inductor",
     )
-    parser.add_argument("--model", type=Path, help="a plain ONNX decoder for onnxruntime and tensorrt")
+    parser.add_argument("--model", type=Path, help="for onnxruntime and tensorrt: a plain ONNX decoder, or a folder")
     parser.add_argument("--exit-every", type=int, default=1, metavar="N", help="of tensorrt's river")
     parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="its first N layers get no twin")
     # How a section is started in its own process.

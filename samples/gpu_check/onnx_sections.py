@@ -34,7 +34,7 @@ class Wanted:
     """What the command line says of these sections.
 
     Fields:
-        model: a plain ONNX decoder in place of the random one.
+        model: a plain ONNX decoder, or a Hugging Face folder, in place of the random model.
         exit_every, keep_first: of the river; the first ``keep_first`` layers get no twin.
     """
 
@@ -164,7 +164,12 @@ def _build(
     """An engine, plain if there is no config; None if TensorRT does not build it."""
     from river_compile.exporters.tensorrt.build import EngineOptions, build
 
-    options = EngineOptions(max_length=LENGTH, river=config is not None, attention_layer=attention_layer)
+    options = EngineOptions(
+        max_length=LENGTH,
+        river=config is not None,
+        attention_layer=attention_layer,
+        compute_capabilities=_capability_here(),
+    )
     before = _builder_seconds()
     try:
         info = build(source, engine, config, options, onnx_output=engine.with_suffix(".onnx"))
@@ -182,6 +187,14 @@ def _build(
         by=f"{info.runtime} {info.version}",
     )
     return engine
+
+
+def _capability_here() -> tuple[str, ...]:
+    """The GPU's, if it is one that the runtime can be told to build for; else what it builds for by itself."""
+    if not torch.cuda.is_available():
+        return ()
+    here = "{}.{}".format(*torch.cuda.get_device_capability())
+    return (here,) if here in load_runtime("auto").compute_capabilities else ()
 
 
 def _builder_seconds() -> float:
@@ -223,13 +236,17 @@ def _ids(vocabulary: int) -> np.ndarray:
 @contextmanager
 def _source(place: Place, name: str, wanted: Wanted) -> Iterator[tuple[Path, Path]]:
     """A plain ONNX decoder, and a folder to write to."""
-    from river_compile.exporters.onnx.hf import export_decoder
+    from river_compile.exporters.onnx.hf import export_decoder, load_decoder
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        path = wanted.model or Path(folder) / "source" / "plain.onnx"
+        path = Path(folder) / "source" / "plain.onnx"
+        path.parent.mkdir()
         if wanted.model is None:
-            path.parent.mkdir()
             export_decoder(random_model(place, name, torch.float32).cpu(), path)
+        elif wanted.model.is_dir():
+            export_decoder(load_decoder(wanted.model, torch.float32), path)
+        else:
+            path = wanted.model
         yield path, Path(folder)
 
 

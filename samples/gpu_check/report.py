@@ -62,6 +62,8 @@ def text_of(name: str, result: dict[str, Any]) -> str:
     """A section's results to read."""
     head = f"== {name}: {result['status']}, {result['seconds']:.0f} s"
     lines = [head + (f" ({result['why']})" if result.get("why") else "")]
+    if result.get("machine"):
+        lines.append(", ".join(f"{name} {fact}" for name, fact in result["machine"].items()))
     checks = result.get("checks", [])
     if checks:
         lines += _table("checks", [{**one, "good": "yes" if one["good"] else "WRONG"} for one in checks])
@@ -85,4 +87,6 @@ def _table(title: str, rows: list[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
+    if isinstance(value, (list, dict)):
+        return json.dumps(value).replace('"', "")
     return str(value)

@@ -15,7 +15,6 @@ import pytest
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.exporters.tensorrt.engine import EngineInfo
 from tests.words import save_word_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -102,14 +101,3 @@ def test_the_demo(tmp_path: Path) -> None:
         assert row in text
     assert "Paris" in text
     assert (tmp_path / "exit_depths.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_building_smollm2_with_a_twin_for_every_layer_takes_at_most_three_times_the_plain_build(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx_bindings")
-    text = " ".join(_run("tensorrt_check.py", "--build-only", "--output", tmp_path).split())
-    assert re.search(r"river\.engine: \d+ MB, parsed", text)
-    ratio = re.search(r"took ([\d.]+) times the plain engine's CPU time", text)
-    assert ratio is not None and 1 < float(ratio[1]) <= 3
-    for name in ("plain.engine", "river.engine"):
-        assert EngineInfo.load(tmp_path / name).layers == 30
