@@ -39,6 +39,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         environment = dict(os.environ)
         if options.wheels is not None:
-            site = _install(options.wheels, Path(scratch))
+            site = _unpack(options.wheels, Path(scratch))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), environment.get("PYTHONPATH"))))
         for place, section in enumerate(chosen):
             left = started + 60 * options.minutes - time.monotonic()
@@ -103,7 +104,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sections", type=lambda text: text.split(","), default=names, help="some of them, by commas")
     parser.add_argument("--minutes", type=float, default=9.0, help="the most it takes in all (default: 9)")
     parser.add_argument("--out", type=Path, default=Path("gpu_check_out"), help="folder for what was measured")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels to use, installed aside")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels to import from, whole or in parts")
     parser.add_argument(
         "--rehearse",
         nargs="?",
@@ -115,25 +116,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--exit-every", type=int, default=1, metavar="N", help="of tensorrt's river")
     parser.add_argument("--keep-first", type=int, default=0, metavar="N", help="its first N layers get no twin")
     # How a section is started in its own process.
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := sorted(set(options.sections) - set(names)):
         parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(names)}")
     return options
 
 
-def _install(wheels: Path, scratch: Path) -> Path:
-    """The wheels of a folder, whole or in parts, installed into a folder of their own."""
-    whole = scratch / "wheels"
+def _unpack(wheels: Path, scratch: Path) -> Path:
+    """The wheels of a folder, whole or in parts, unpacked into one folder: to import from, they need no more."""
+    whole, site = scratch / "wheels", scratch / "site"
     whole.mkdir()
-    files = sorted(wheels.glob("*.whl")) + sorted(wheels.glob("*.whl.part*"))
-    for file in files:
-        name = file.name.partition(".whl")[0] + ".whl"
-        with open(whole / name, "ab") as target:
+    for file in [*sorted(wheels.glob("*.whl")), *sorted(wheels.glob("*.whl.part*"))]:
+        with open(whole / f"{file.name.partition('.whl')[0]}.whl", "ab") as target:
             target.write(file.read_bytes())
-    site = scratch / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
-    subprocess.run([*command, *map(str, sorted(whole.iterdir()))], check=True)
+    for wheel in sorted(whole.iterdir()):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(site)
+        wheel.unlink()
     return site
 
 
@@ -142,7 +142,7 @@ def run_section(
 ) -> dict[str, Any]:
     """A section in a process of its own, which is stopped after ``limit`` seconds with all that it has started."""
     file, log = scratch / f"{name}.json", scratch / f"{name}.log"
-    command = [sys.executable, str(HERE), *arguments, "--run", name, str(file), str(limit)]
+    command = [sys.executable, str(HERE), *arguments, "--run", name, str(file)]
     started = time.monotonic()
     with open(log, "wb") as output:
         child = subprocess.Popen(
@@ -197,8 +197,8 @@ def _summary(results: dict[str, Any]) -> int:
 
 def _run_here(options: argparse.Namespace) -> int:
     """This is a section's own process."""
-    name, file, limit = options.run
-    report = Report(Path(file), time.monotonic() + float(limit))
+    name, file = options.run
+    report = Report(Path(file))
     try:
         _section(name, options, report)
     except Skip as skip:

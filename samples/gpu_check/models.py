@@ -151,8 +151,10 @@ def decode_ms(place: Place, model: Any, forward: Callable[..., Any], ids: torch.
     return statistics.median(times[1:])
 
 
-def median_ms(place: Place, work: Callable[[], object], repeats: int) -> float:
-    """Milliseconds of some work, waited for each time: the median, without two to warm up."""
+def median_ms(
+    place: Place, work: Callable[[], object], repeats: int, undo: Callable[[], object] = lambda: None
+) -> float:
+    """Milliseconds of some work, waited for each time and undone after it: the median, without two to warm up."""
     times = []
     for _ in range(repeats + 2):
         place.wait()
@@ -160,6 +162,7 @@ def median_ms(place: Place, work: Callable[[], object], repeats: int) -> float:
         work()
         place.wait()
         times.append(1e3 * (time.perf_counter() - started))
+        undo()
     return statistics.median(times[2:])
 
 

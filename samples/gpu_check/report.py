@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,12 @@ class Report:
 
     Args:
         path: the file.
-        deadline: when the section will be stopped, on the clock of `time.monotonic`.
     """
 
-    def __init__(self, path: Path, deadline: float) -> None:
-        self._path, self._deadline = path, deadline
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self.content: dict[str, Any] = {"status": "running", "checks": [], "tables": {}, "notes": [], "machine": {}}
         self._write()
-
-    @property
-    def left(self) -> float:
-        """Seconds until the section is stopped."""
-        return self._deadline - time.monotonic()
 
     def check(self, name: str, good: bool, **figures: Any) -> None:
         """A claim that held or did not; one that did not makes the whole run fail."""

@@ -75,14 +75,10 @@ def test_a_section_that_outlasts_its_time_is_stopped_with_all_it_has_started(tmp
     )
     path = fake_torch(tmp_path, program)
     script = (
-        "import json, os, pathlib, sys\n"
+        "import json, os, pathlib, runpy, sys\n"
         f"sys.path.insert(0, {str(SAMPLE)!r})\n"
-        "import __main__ as me, importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('gpu_check', {str(SAMPLE / '__main__.py')!r})\n"
-        "check = importlib.util.module_from_spec(spec)\n"
-        "sys.modules['gpu_check'] = check\n"
-        "spec.loader.exec_module(check)\n"
-        f"print(json.dumps(check.run_section('int4', 2.0, [], dict(os.environ), pathlib.Path({str(tmp_path)!r}))))"
+        f"check = runpy.run_path({str(SAMPLE / '__main__.py')!r})\n"
+        f"print(json.dumps(check['run_section']('int4', 2.0, [], dict(os.environ), pathlib.Path({str(tmp_path)!r}))))"
     )
     environment = {**os.environ, "PYTHONPATH": str(path)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
