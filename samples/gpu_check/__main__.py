@@ -79,7 +79,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     started, results = time.monotonic(), {}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
-        environment = dict(os.environ)
+        environment = {"HF_HUB_OFFLINE": "1", **os.environ}
         if options.wheels is not None:
             site = _unpack(options.wheels, Path(scratch))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(site), environment.get("PYTHONPATH"))))
