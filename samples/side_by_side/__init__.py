@@ -1,0 +1,1 @@
+"""What `samples/peers.py` is made of: environments, models, workers, rounds and the table."""
