@@ -11,7 +11,7 @@ its own, and memory. A peer that does not install or fails is a row that says so
     python samples/peers.py --shape 1b --together 3
 
 measures speed and memory with random weights at the shape of Llama-3.2-1B, three peers at a time beside the reference:
-all at once take some 40 GB of memory there.
+all at once take some 35 GB of memory there.
 """
 
 from __future__ import annotations

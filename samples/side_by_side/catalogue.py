@@ -17,7 +17,7 @@ DEPTH = 4
 
 GENAI = Environment("genai", ("onnxruntime-genai==0.18.0",))
 OPENVINO = Environment("openvino", ("openvino-genai==2026.4.1.0", "optimum-intel[openvino]==2.2.0"))
-LLAMA_CPP = Environment("llama-cpp", ("llama-cpp-python==0.3.36",))
+LLAMA_CPP = Environment("llama-cpp", ("cyllama==0.2.18",))
 TORCHAO = Environment("torchao", ("torchao==0.18.0",))
 
 
@@ -89,9 +89,10 @@ def _genai(precision: str) -> Commands:
     return commands
 
 
-def _openvino(weights: str) -> Commands:
+def _openvino(weights: str, *groups: str) -> Commands:
     def commands(source: Path, made: Callable[[str], Path], out: Path) -> Sequence[Sequence[object]]:
-        given = ("-m", source, "--task", "text-generation-with-past", "--weight-format", weights, out)
+        # Groups of 128 are its own choice, and an error where they do not divide a layer's width.
+        given = ("-m", source, "--task", "text-generation-with-past", "--weight-format", weights, *groups, out)
         return [("optimum.commands.optimum_cli", "export", "openvino", *given)]
 
     return commands
@@ -110,7 +111,7 @@ RECIPES: dict[str, tuple[Environment, Commands]] = {
     "genai-fp32": (GENAI, _genai("fp32")),
     "genai-int4": (GENAI, _genai("int4")),
     "openvino-int8": (OPENVINO, _openvino("int8")),
-    "openvino-int4": (OPENVINO, _openvino("int4")),
+    "openvino-int4": (OPENVINO, _openvino("int4", "--group-size-fallback", "adjust")),
     "gguf-q8": (OURS, _gguf("Q8_0")),
     "gguf-q4": (OURS, _gguf("Q4_0")),
 }

@@ -81,6 +81,6 @@ def draw(results: Mapping[str, Measured], title: str, path: Path) -> None:
         axis.barh(names, ratios, color=colours)
         axis.invert_yaxis()
     axis.set_xlabel("speed, times the reference's")
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title.replace("; ", "\n", 1), fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
