@@ -54,6 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--shape", choices=tuple(SHAPES), help="random weights of a shape: speed and memory only")
     parser.add_argument("--together", type=int, help="peers at a time beside the reference (default: all)")
+    parser.add_argument("--anew", action="store_true", help="make the models again, as after a change of this package")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     return parser.parse_args()
@@ -90,7 +91,7 @@ def compare(peers: dict[str, Peer], given: argparse.Namespace) -> dict[str, Meas
         PeerError: the reference fails.
     """
     source, folder = float_model(given.shape)
-    models = Models(source, folder, RECIPES)
+    models = Models(source, folder, RECIPES, anew=given.anew)
     prompts = some_prompts(hub_tokenizer(source), min(given.rounds, 40))
     texts = [] if given.shape or not given.texts else held_out(source, given.texts)
     capacity = max(*map(len, prompts), TEXT_TOKENS) + max(given.tokens, ROOM)

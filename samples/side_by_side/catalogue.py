@@ -64,7 +64,9 @@ PEERS = (
     _torch("inductor-bf16", "Inductor, bfloat16"),
     _torch("torchao-int4", "torchao int4 weights, bfloat16", TORCHAO, how="int4"),
     _torch("river-torch-tau", f"**river**, PyTorch bfloat16, tau {TAU}", how="river", tau=TAU, judged_by_text=True),
-    _torch("river-torch-depth", f"**river**, PyTorch bfloat16, exit depth {DEPTH}", how="river", max_depth=DEPTH),
+    _torch(
+        "river-torch-depth", f"**river**, PyTorch bfloat16, exit depth {DEPTH}", how="river", tau=2.0, max_depth=DEPTH
+    ),
     _onnx("river-depth", f"**river**, ONNX, exit depth {DEPTH}", "onnx", "model.onnx", tau=2.0, max_depth=DEPTH),
     _onnx("river-all", "**river**, ONNX, all river", "onnx", "model.onnx", tau=2.0, max_depth=0),
     _onnx("river-exact", "**river**, ONNX, exact", "exact", "model.onnx", judged_by_text=True, exact=True),

@@ -72,7 +72,9 @@ class Worker:
         except BrokenPipeError:
             raise self._ended() from None
         if not select.select([self._process.stdout], [], [], self._patience)[0]:
-            raise PeerError(f"no answer in {self._patience:.0f} s")
+            # The others need the cores.
+            self._process.kill()
+            raise PeerError(f"no answer in {self._patience:g} s")
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()

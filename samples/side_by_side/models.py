@@ -79,10 +79,14 @@ class Models:
         source: the float model's folder.
         folder: where models lie, each in a folder of its own.
         recipes: by name, the environment and the commands of a model.
+        anew: make what an earlier run left once more.
     """
 
-    def __init__(self, source: Path, folder: Path, recipes: dict[str, tuple[Environment, Commands]]) -> None:
+    def __init__(
+        self, source: Path, folder: Path, recipes: dict[str, tuple[Environment, Commands]], *, anew: bool = False
+    ) -> None:
         self._source, self._folder, self._recipes = source, folder, recipes
+        self._old = set(recipes) if anew else set()
 
     def made(self, name: str) -> Path:
         """The folder of a model.
@@ -93,11 +97,13 @@ class Models:
         if not name:
             return self._source
         folder = self._folder / name
-        if not folder.exists():
+        if name in self._old or not folder.exists():
             environment, commands = self._recipes[name]
             part = _part(folder)
             for module, *arguments in commands(self._source, self.made, part):
                 cwd = Path(__file__).resolve().parents[1] if environment == OURS else None
                 run([environment.python(), "-m", module, *arguments], "no model", cwd)
+            shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
+            self._old.discard(name)
         return folder

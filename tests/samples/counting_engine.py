@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 
 class Counting:
@@ -16,6 +17,8 @@ class Counting:
         if prompt == [13]:
             print("Fatal: out of luck", file=sys.stderr)
             sys.exit(3)
+        if prompt == [14]:
+            time.sleep(60)
         return [prompt[-1] + self._step * (place + 1) for place in range(tokens)], 0.5
 
     def choices(self, ids: list[int], prompt: int) -> list[int]:

@@ -123,9 +123,9 @@ def test_json_and_picture_have_what_was_measured(tmp_path: Path) -> None:
     assert whole.read_bytes() != unread.read_bytes()
 
 
-def _worker(tmp_path: Path, **settings: Any) -> Worker:
+def _worker(tmp_path: Path, patience: float = 60, **settings: Any) -> Worker:
     load = {"engine": "tests.samples.counting_engine", "model": "", "threads": 1, "capacity": 32}
-    return Worker(Path(sys.executable), tmp_path / "log", 60, **load, settings=settings)
+    return Worker(Path(sys.executable), tmp_path / "log", patience, **load, settings=settings)
 
 
 def test_a_worker_answers_whatever_its_libraries_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +153,16 @@ def test_a_worker_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest.
         Worker(Path(sys.executable), tmp_path / "log", 60, engine="nothing", **load)
 
 
+def test_a_worker_that_does_not_answer_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with _worker(tmp_path, patience=20) as worker:
+        worker._patience = 0.2
+        with pytest.raises(PeerError, match=r"^no answer in 0.2 s$"):
+            worker.decode([14], 3)
+        with pytest.raises(PeerError, match=r"^ended with status -9"):
+            worker.status()
+
+
 def test_a_model_is_made_once_and_whole_or_not_at_all(tmp_path: Path) -> None:
     source = tmp_path / "hf"
     source.mkdir()
@@ -168,7 +178,9 @@ def test_a_model_is_made_once_and_whole_or_not_at_all(tmp_path: Path) -> None:
     models = Models(source, tmp_path / "models", {"good": (OURS, archive), "bad": (OURS, refused)})
     assert models.made("") == source
     assert models.made("good") == models.made("good") == tmp_path / "models" / "good"
-    assert len(asked) == 1 and (tmp_path / "models" / "good" / "model.zip").is_file()
+    again = Models(source, tmp_path / "models", {"good": (OURS, archive)}, anew=True)
+    assert len(asked) == 1 and again.made("good") == again.made("good") and len(asked) == 2
+    assert (tmp_path / "models" / "good" / "model.zip").is_file()
     with pytest.raises(PeerError, match=r"^no model: FileNotFoundError: "):
         models.made("bad")
     assert not (tmp_path / "models" / "bad").exists()
