@@ -7,11 +7,11 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
-__all__ = ["only_river"]
+__all__ = ["only_river", "take_branches"]
 
 _OWN = "river."
 _BRANCH = "river/"
-_YES = "river/yes"
+_CONDITION = "river/condition"
 
 
 def only_river(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -24,16 +24,25 @@ def only_river(model: onnx.ModelProto) -> onnx.ModelProto:
     Ensures: the signature of the model that the river was made for, without what ``river.`` names; no weight is read or
     changed, and none is left that no node reads.
     """
+    return take_branches(model, river=True)
+
+
+def take_branches(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
+    """A river model with one branch of each ``If`` in its place: every river branch, or every backbone's.
+
+    Requires, ensures: as `only_river`.
+    """
     read = ir.from_proto(model)
     graph = read.graph
     for values in (graph.inputs, graph.outputs):
         for value in [value for value in values if str(value.name).startswith(_OWN)]:
             values.remove(value)
-    yes = ir.Value(name=_YES, const_value=ir.tensor(np.array([True]), name=_YES), type=ir.TensorType(ir.DataType.BOOL))
-    graph.register_initializer(yes)
+    chosen = ir.tensor(np.array([river]), name=_CONDITION)
+    condition = ir.Value(name=_CONDITION, const_value=chosen, type=ir.TensorType(ir.DataType.BOOL))
+    graph.register_initializer(condition)
     for node in graph:
         if node.op_type == "If" and str(node.name).startswith(_BRANCH):
-            node.replace_input_with(0, yes)
+            node.replace_input_with(0, condition)
     optimizer.fold_constants(read, input_size_limit=0)
     # Branches that were not taken still count as readers of what they read, until the graph is read anew.
     bare = ir.from_proto(ir.to_proto(read))
