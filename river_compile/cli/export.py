@@ -12,17 +12,19 @@ from river_compile.cli.console import progress_bars, river_command
 from river_compile.cli.engine import build, build_into_repository, engine_options, refuse_engine_options, river_defaults
 from river_compile.cli.export_report import show_plan, show_report
 from river_compile.cli.options import (
+    activations_option,
     bits_option,
     chat_option,
     choice,
     group_size_option,
+    head_bits_option,
     json_option,
     quantizer_option,
     quiet_option,
     texts_option,
     tokenizer_option,
 )
-from river_compile.config import ACTIVATIONS, BITS, FLOAT, LAYOUTS, RiverConfig
+from river_compile.config import FLOAT, LAYOUTS, RiverConfig
 from river_compile.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -125,21 +127,9 @@ def _bits_for(
     help="Bits, or 'float', for linear layers, or decoder layers (layers.3), whose name matches; repeatable, the first "
     "match wins.",
 )
-@click.option(
-    "--head-bits",
-    type=choice((*BITS, FLOAT)),
-    default=_DEFAULTS.head_bits,
-    show_default=True,
-    help="Bits of the LM head that a token takes after its exit.",
-)
+@head_bits_option
 @group_size_option
-@click.option(
-    "--activations",
-    type=choice(ACTIVATIONS),
-    default=_DEFAULTS.activations,
-    show_default=True,
-    help="What river products compute with on a CPU: int8 is three times as fast as the model's own float type.",
-)
+@activations_option
 @quantizer_option(
     "Algorithm that makes the river: rtn, lsq, kquant, hqq; or gptq or gptq-symmetric, which read tuning texts."
 )

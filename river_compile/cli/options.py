@@ -9,19 +9,22 @@ from typing import Any, TypeVar
 
 import click
 
-from river_compile.config import BITS, GROUP_SIZES, RiverConfig
+from river_compile.config import ACTIVATIONS, BITS, FLOAT, GROUP_SIZES, RiverConfig
 from river_compile.errors import ConfigError, InputError
 
 __all__ = [
     "HELD_OUT",
+    "activations_option",
     "bits_option",
     "cache_option",
     "chat_option",
     "choice",
+    "counts_option",
     "depths_option",
     "documents_option",
     "dtype_option",
     "group_size_option",
+    "head_bits_option",
     "json_option",
     "max_tokens_option",
     "output_option",
@@ -72,6 +75,22 @@ def depths_option(default: str, help: str) -> Callable[[_F], _F]:
     """``--depths LIST``."""
     read = _numbers("depths", int, "whole numbers, such as 0,15")
     return click.option("--depths", callback=read, metavar="LIST", default=default, show_default=True, help=help)
+
+
+def counts_option(name: str, parameter: str, default: str, help: str) -> Callable[[_F], _F]:
+    """``NAME LIST``, numbers of 1 or more, as ``parameter``."""
+    field = name.lstrip("-")
+    read = _numbers(field, int, "whole numbers, such as 1,4,16")
+
+    def positive(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+        numbers = read(ctx, param, value)
+        if not numbers or min(numbers) < 1:
+            raise ConfigError(field, f"must be numbers of 1 or more, not {value!r}")
+        return numbers
+
+    return click.option(
+        name, parameter, callback=positive, metavar="LIST", default=default, show_default=True, help=help
+    )
 
 
 def tokenizer_option(default: str | None = None, use: str = "") -> Callable[[_F], _F]:
@@ -148,6 +167,26 @@ def group_size_option(command: _F) -> _F:
         default=str(RiverConfig.group_size),
         show_default=True,
         help="Weights that share a scale.",
+    )(command)
+
+
+def head_bits_option(command: _F) -> _F:
+    return click.option(
+        "--head-bits",
+        type=choice((*BITS, FLOAT)),
+        default=RiverConfig.head_bits,
+        show_default=True,
+        help="Bits of the LM head that a token takes after its exit.",
+    )(command)
+
+
+def activations_option(command: _F) -> _F:
+    return click.option(
+        "--activations",
+        type=choice(ACTIVATIONS),
+        default=RiverConfig.activations,
+        show_default=True,
+        help="What river products compute with on a CPU: int8 is three times as fast as the model's own float type.",
     )(command)
 
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from river_compile.cli.console import answer, river_command
-from river_compile.cli.options import bits_option, depths_option, group_size_option, json_option
-from river_compile.config import BITS, FLOAT, RiverConfig
+from river_compile.cli.options import bits_option, depths_option, group_size_option, head_bits_option, json_option
+from river_compile.config import FLOAT, RiverConfig
 
 if TYPE_CHECKING:
     from river_compile.measure.plan import RiverPlan
@@ -44,13 +44,7 @@ Examples:
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Default: as the config says.")
 @bits_option
 @group_size_option
-@click.option(
-    "--head-bits",
-    type=click.Choice([*map(str, BITS), FLOAT]),
-    default=FLOAT,
-    show_default=True,
-    help="Bits of the LM head after an exit.",
-)
+@head_bits_option
 @json_option()
 def main(
     model: str,
