@@ -1,170 +1,211 @@
-"""`river-bench`: a model in eager mode, by Inductor, and with a river, side by side."""
+"""`river-bench`: a model beside itself with a river, in PyTorch or in ONNX Runtime."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from click.core import ParameterSource
 
+from river_compile.cli.bench_report import show_bench, show_onnx_bench
 from river_compile.cli.console import answer, progress_bars, river_command
 from river_compile.cli.options import (
+    activations_option,
     bits_option,
+    counts_option,
     depths_option,
     dtype_option,
     group_size_option,
+    head_bits_option,
     json_option,
     png_option,
+    quantizer_option,
     quiet_option,
     taus_option,
+    threads_option,
+    tokenizer_option,
 )
-from river_compile.config import RiverConfig
-
-if TYPE_CHECKING:
-    from river_compile.measure.bench import BenchResult
+from river_compile.config import FLOAT, RiverConfig
+from river_compile.errors import ConfigError
 
 __all__ = ["main"]
 
 _EXAMPLES = """\b
-Examples:
+Examples, PyTorch:
   river-bench path/to/hf_model
   river-bench path/to/hf_model --tau 0.97,0.95 --depths 1,4
   river-bench path/to/hf_model --startup --rounds 1
   river-bench path/to/hf_model --json --png bench.png > bench.json
+
+\b
+Examples, ONNX Runtime:
+  river-bench model.onnx                        its river is made in a temporary folder
+  river-bench model.onnx --head-bits 8 --int4 --exact
+  river-bench model.river.onnx --plain model.onnx
+  river-bench model.river.onnx --tau 0.95,0.9 --tokenizer path/to/hf_model \\
+      --batch 1,4,16 --context 128,1024,8192 --png sweep.png
 """
+
+_OF_FOLDERS = ("startup", "dtype")
+_OF_FILES = ("plain", "int4", "contexts", "tokenizer", "threads", "activations")
+_OF_RIVERS = ("bits", "group_size", "head_bits", "activations", "quantizer")
 
 
 @river_command("river-bench", _EXAMPLES)
-@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@taus_option("", "Thresholds to run the river at.", show_default=False)
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@taus_option("", "Thresholds to run the river at.  [default: none; of an ONNX model, its own]", show_default=False)
 @depths_option("1,4,15", "Exit depths to force.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--tokens", type=click.IntRange(4), default=32, show_default=True, help="New tokens in a round.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
-@click.option(
-    "--startup", is_flag=True, help="Measure start-up too: new processes with an empty, then with a filled disk cache."
-)
+@counts_option("--batch", "batches", "1", "Sequences; of an ONNX model, a list of batch sizes.")
+@counts_option("--context", "contexts", "128", "ONNX: tokens in the cache before decode passes are timed, a list.")
 @click.option("--exact", is_flag=True, help="Decode exactly too: the river drafts, the backbone verifies.")
-@dtype_option()
+@click.option(
+    "--plain",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="ONNX: the model that a river model was made of.  [default: the river is taken out of it]",
+)
+@click.option("--int4", is_flag=True, help="ONNX: the plain model too with 4-bit weights, by onnxruntime's quantizer.")
+@tokenizer_option(use=", for prompts of text; ONNX: random tokens without")
+@threads_option
+@click.option(
+    "--startup",
+    is_flag=True,
+    help="PyTorch: start-up too: new processes with an empty, then with a filled disk cache.",
+)
+@dtype_option("PyTorch: of the model.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @bits_option
 @group_size_option
+@head_bits_option
+@activations_option
+@quantizer_option("Algorithm that makes the river.")
 @json_option()
-@png_option("Draw the table into this file.")
+@png_option("Draw the table into this file; of several batch sizes or contexts, the ratios.")
 @quiet_option("No progress bars.")
+@click.pass_context
 def main(
+    ctx: click.Context,
+    /,
     model: Path,
-    taus: tuple[float, ...],
-    depths: tuple[int, ...],
-    rounds: int,
-    tokens: int,
-    batch: int,
-    startup: bool,
-    exact: bool,
-    dtype: str,
-    device: str,
-    bits: str,
-    group_size: str,
     as_json: bool,
     png: Path | None,
     quiet: bool,
+    bits: str,
+    group_size: str,
+    head_bits: str,
+    activations: str,
+    quantizer: str,
+    **measured: Any,
 ) -> None:
-    """Time decode passes of the Hugging Face MODEL: eager, plain Inductor, and the river at several exits.
+    """Time decode passes of MODEL, plain and with a river, at several exits.
 
-    All ways run interleaved in one process, after a round of warm-up; the ratio is to plain Inductor, within a round.
+    MODEL is a folder of a Hugging Face model, for PyTorch: in eager mode, by plain Inductor, and with a river. Or it is
+    an ONNX model with a river or without, or a folder of optimum or GenAI, for ONNX Runtime: at every batch size with
+    the first context, and at every context with the first batch size.
+
+    All ways run interleaved in one process, after a round of warm-up; the ratio is to plain Inductor, or to the plain
+    ONNX model, within a round.
     """
-    for tau in taus:
+    for tau in measured["taus"]:
         RiverConfig(tau=tau)
-    config = RiverConfig(bits=int(bits), group_size=int(group_size))
+    config = RiverConfig(
+        bits=int(bits),
+        group_size=int(group_size),
+        head_bits=FLOAT if head_bits == FLOAT else int(head_bits),
+        activations=activations,
+        quantizer=quantizer,
+    )
+    file = _onnx_in(model)
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if file is None:
+        _refuse(given, _OF_FILES, "is for ONNX models, and this is a Hugging Face folder")
+        _bench_folder(model, config, measured, as_json=as_json, png=png, quiet=quiet)
+    else:
+        _refuse(given, _OF_FOLDERS, "is for Hugging Face folders, and this is an ONNX model")
+        told = config if given.intersection(_OF_RIVERS) else None
+        _bench_file(file, told, measured, as_json=as_json, png=png, quiet=quiet)
+
+
+def _onnx_in(model: Path) -> Path | None:
+    """The ONNX file that a path means; None of a Hugging Face folder."""
+    if model.is_file():
+        return model
+    from river_compile.exporters.onnx.folder import ModelFolder
+
+    found = ModelFolder.of(model)
+    return None if found is None or found.kind == "hf" else model / found.model
+
+
+def _refuse(given: set[str], names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if name in given:
+            raise ConfigError({"contexts": "context"}.get(name, name), why)
+
+
+def _bench_folder(
+    model: Path, config: RiverConfig, measured: dict[str, Any], *, as_json: bool, png: Path | None, quiet: bool
+) -> None:
+    if len(measured["batches"]) > 1:
+        raise ConfigError("batch", "several batch sizes are for ONNX models; a Hugging Face model is timed at one")
     import torch
 
-    from river_compile.measure.bench import bench, draw
+    from river_compile.measure.bench import bench
 
     with progress_bars(quiet) as progress:
         result = bench(
             model,
-            taus=taus,
-            depths=depths,
-            rounds=rounds,
-            new_tokens=tokens,
-            batch=batch,
-            dtype=getattr(torch, dtype),
-            device=device,
+            taus=measured["taus"],
+            depths=measured["depths"],
+            rounds=measured["rounds"],
+            new_tokens=measured["tokens"],
+            batch=measured["batches"][0],
+            dtype=getattr(torch, measured["dtype"]),
+            device=measured["device"],
             config=config,
-            startup=startup,
-            exact=exact,
+            startup=measured["startup"],
+            exact=measured["exact"],
             progress=progress,
         )
     if png is not None:
-        draw(result, png)
-    answer(result, _show, as_json=as_json)
+        from river_compile.measure.plots import draw_rows
+
+        title = f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, {result.device}"
+        draw_rows(result, title, png)
+    answer(result, show_bench, as_json=as_json)
 
 
-def _show(console: Console, result: BenchResult) -> None:
-    table = Table(
-        box=box.SIMPLE,
-        title=f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, decode, {result.device}, "
-        f"memory {result.bandwidth / 1e9:.1f} GB/s",
-        title_justify="left",
-    )
-    for column in ("", "ms", "tokens/s", "ratio", "mean exit depth", "byte limit tokens/s", "reached"):
-        table.add_column(column, justify="right" if column else "left")
-    for row in result.rows:
-        limit = result.limit(row)
-        table.add_row(
-            row.name,
-            f"{row.median * 1e3:.1f}",
-            f"{result.batch / row.median:.1f}",
-            f"{result.ratio(row):.2f}x",
-            f"{row.mean_depth:.1f}" if row.depths else "",
-            "" if math.isnan(limit) else f"{result.batch * limit:.0f}",
-            "" if math.isnan(limit) else f"{1 / row.median / limit:.0%}",
+def _bench_file(
+    model: Path, config: RiverConfig | None, measured: dict[str, Any], *, as_json: bool, png: Path | None, quiet: bool
+) -> None:
+    from river_compile.measure.fidelity import load_tokenizer
+    from river_compile.measure.onnx_bench import bench_onnx
+
+    tokenizer = measured["tokenizer"]
+    with progress_bars(quiet) as progress:
+        result = bench_onnx(
+            model,
+            plain=measured["plain"],
+            taus=measured["taus"],
+            depths=measured["depths"],
+            batches=measured["batches"],
+            contexts=measured["contexts"],
+            rounds=measured["rounds"],
+            new_tokens=measured["tokens"],
+            exact=measured["exact"],
+            int4=measured["int4"],
+            tokenizer=None if tokenizer is None else load_tokenizer(tokenizer),
+            config=config,
+            device=measured["device"],
+            threads=measured["threads"],
+            progress=progress,
         )
-    console.print(table)
-    if result.exact is not None:
-        made = result.exact
-        kept = "nothing was drafted" if made.acceptance is None else f"{made.acceptance:.0%} of the drafts accepted"
-        console.print(f"exact: {made.differing} of {made.tokens} tokens differ from the backbone's; {kept}")
-    if result.startup:
-        console.print(_startup_table(result))
-    seconds = result.compile_seconds
-    console.print(
-        f"compile time: Inductor {seconds['inductor']:.1f} s, river {seconds['river']:.1f} s "
-        f"({seconds['river'] / seconds['inductor']:.2f}x)"
-    )
-    both = result.backbone_bytes + result.river_bytes
-    peaks = result.decode_peak_bytes
-    console.print(
-        f"weights: backbone {result.backbone_bytes / 1e6:.0f} MB, with the river {both / 1e6:.0f} MB "
-        f"({both / result.backbone_bytes:.2f}x); most memory while decoding: {peaks['inductor'] / 1e6:.0f} MB "
-        f"before the river was made, {peaks['river'] / 1e6:.0f} MB after"
-    )
+    if png is not None:
+        from river_compile.measure.plots import draw_sweeps
 
-
-def _startup_table(result: BenchResult) -> Table:
-    from river_compile.measure.startup import TOKENS
-
-    table = Table(
-        box=box.SIMPLE,
-        title="start-up: seconds from a loaded model to a token, in a new process, and the ratio to Inductor",
-        title_justify="left",
-    )
-    table.add_column("")
-    for token in TOKENS:
-        for kind in ("CPU s", "wall s"):
-            table.add_column(f"{kind}, token {token}", justify="right")
-    for row in result.startup:
-        cells = []
-        for cpu, cpu_ratio, wall, wall_ratio in zip(
-            row.cpu_seconds, row.cpu_ratio, row.wall_seconds, row.wall_ratio, strict=True
-        ):
-            cells += [f"{cpu:.1f} ({cpu_ratio:.2f}x)", f"{wall:.1f} ({wall_ratio:.2f}x)"]
-        table.add_row(f"{row.cache}, {row.way}", *cells)
-    return table
+        draw_sweeps(result, png)
+    answer(result, show_onnx_bench, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -19,51 +19,30 @@ import torch
 
 from river_compile.backend import RiverBackend
 from river_compile.config import NEVER, RiverConfig
-from river_compile.errors import InputError, MissingExtra
-from river_compile.measure.exact_bench import ExactBench, ExactTokens
-from river_compile.measure.greedy import PROMPT, decode, load_with_prompt, wait
+from river_compile.errors import InputError
+from river_compile.measure.bench_rows import (
+    BenchRow,
+    ExactTokens,
+    RatedRows,
+    interleave,
+    memory_bandwidth,
+    river_rows,
+)
+from river_compile.measure.exact_bench import ExactBench
+from river_compile.measure.greedy import PROMPT, decode, load_with_prompt
 from river_compile.measure.startup import Startup, measure_startup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BenchResult", "BenchRow", "bench", "draw"]
+__all__ = ["BenchResult", "BenchRow", "bench"]
 
 Progress = Callable[[str, int, int], None]
 _REFERENCE = "inductor"
 
 
 @dataclass
-class BenchRow:
-    """One way to run the model.
-
-    Fields:
-        name: what it is.
-        tau, max_depth: how its passes exit; None where that does not apply.
-        seconds: time of a decode pass, the median of each round; of exact decoding, time for each token.
-        depths: exit depth of every decode pass.
-        bytes_per_token: weights read for one token at the mean exit depth; NaN where passes differ too much to say.
-    """
-
-    name: str
-    tau: float | None = None
-    max_depth: int | None = None
-    seconds: list[float] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    bytes_per_token: float = math.nan
-
-    @property
-    def mean_depth(self) -> float:
-        return statistics.fmean(self.depths) if self.depths else math.nan
-
-    @property
-    def median(self) -> float:
-        """Seconds of a decode pass: the median over rounds."""
-        return statistics.median(self.seconds)
-
-
-@dataclass
-class BenchResult:
+class BenchResult(RatedRows):
     """A table of `BenchRow`, and what the machine and the compilation were.
 
     Fields:
@@ -78,6 +57,8 @@ class BenchResult:
         startup: seconds to the first tokens in new processes, if that was asked for.
         exact: what exact decoding made, if that was asked for.
     """
+
+    reference = _REFERENCE
 
     model: str
     device: str
@@ -94,28 +75,11 @@ class BenchResult:
     startup: list[Startup] = field(default_factory=list)
     exact: ExactTokens | None = None
 
-    def ratio(self, row: BenchRow) -> float:
-        """How many times faster than plain Inductor: the median over rounds of the ratio within a round."""
-        reference = next(found for found in self.rows if found.name == _REFERENCE)
-        return statistics.median(base / own for base, own in zip(reference.seconds, row.seconds, strict=True))
-
-    def limit(self, row: BenchRow) -> float:
-        """The byte limit, tokens a second of one sequence: memory bandwidth over the weights read for a token."""
-        return self.bandwidth / row.bytes_per_token
-
     def to_json(self) -> str:
         """Everything, rounds included, and the derived figures, as one JSON object."""
         document = asdict(self)
         for shown, row in zip(document["rows"], self.rows, strict=True):
-            shown |= {
-                "tokens_per_second": self.batch / row.median,
-                "ratio": self.ratio(row),
-                "mean_depth": None if math.isnan(row.mean_depth) else row.mean_depth,
-                "bytes_per_token": None if math.isnan(row.bytes_per_token) else row.bytes_per_token,
-                "byte_limit_tokens_per_second": None
-                if math.isnan(row.bytes_per_token)
-                else self.batch * self.limit(row),
-            }
+            shown.update(self.described(row))
         return json.dumps(document, indent=2)
 
 
@@ -169,21 +133,17 @@ def bench(
     stats = backend.stats()
     if stats.fallbacks or not stats.river_layers:
         raise InputError(f"{folder}: no river: {'; '.join(stats.fallbacks) or 'no layer has a twin'}")
-    rows = _rows(stats.layers, taus, depths)
+    rows = [BenchRow("eager"), BenchRow(_REFERENCE), *river_rows(stats.layers, taus, depths)]
+    rows.append(BenchRow("all quantized", tau=NEVER, max_depth=0))
     exactly = ExactBench(model, backend, tokens, new_tokens) if exact else None
-    for round_ in range(rounds + 1):
-        for row in rows:
-            progress("measure", round_ * len(rows) + rows.index(row), (rounds + 1) * len(rows))
-            _measure(row, model, compiled, backend, tokens, new_tokens, keep=round_ > 0)
-        if exactly is not None:
-            exactly.measure(keep=round_ > 0)
+    ways = [partial(_measure, row, model, compiled, backend, tokens, new_tokens) for row in rows]
+    interleave(ways if exactly is None else [*ways, exactly.measure], rounds, progress)
     weights = _weigh(model, backend, stats.layers)
     for row in rows:
         depth = stats.layers if math.isnan(row.mean_depth) else row.mean_depth
         row.bytes_per_token = weights(depth)
     if exactly is not None:
         rows.append(BenchRow("exact", seconds=exactly.seconds))
-    progress("measure", 1, 1)
     startups: list[Startup] = []
     if startup:
         options = json.loads(backend.config.to_json())
@@ -197,7 +157,7 @@ def bench(
         batch=batch,
         new_tokens=new_tokens,
         rounds=rounds,
-        bandwidth=_bandwidth(device),
+        bandwidth=memory_bandwidth(device),
         rows=rows,
         compile_seconds={name: round(value, 2) for name, value in seconds.items()},
         backbone_bytes=stats.backbone_bytes,
@@ -208,17 +168,6 @@ def bench(
     )
 
 
-def _rows(layers: int, taus: Sequence[float], depths: Sequence[int]) -> list[BenchRow]:
-    rows = [BenchRow("eager"), BenchRow(_REFERENCE), BenchRow("river, exits off", tau=NEVER)]
-    rows += [BenchRow(f"river, tau {tau:g}", tau=tau) for tau in taus]
-    rows += [
-        BenchRow(f"river, exit depth {depth}", tau=NEVER, max_depth=depth)
-        for depth in sorted(set(depths), reverse=True)
-        if 0 < depth < layers
-    ]
-    return [*rows, BenchRow("all quantized", tau=NEVER, max_depth=0)]
-
-
 def _measure(
     row: BenchRow,
     model: PreTrainedModel,
@@ -226,7 +175,6 @@ def _measure(
     backend: RiverBackend,
     tokens: torch.Tensor,
     new_tokens: int,
-    *,
     keep: bool,
 ) -> None:
     if row.tau is not None:
@@ -264,19 +212,6 @@ def _weigh(model: PreTrainedModel, backend: RiverBackend, layers: int) -> Callab
     return lambda depth: fixed + backbone * depth / layers + river * (layers - depth) / layers
 
 
-def _bandwidth(device: str) -> float:
-    """Bytes a second that the device reads from its memory, best of a few passes over 1 GB."""
-    block = torch.ones(1 << 28, device=device)
-    times = []
-    for _ in range(5):
-        wait(block.device)
-        started = time.perf_counter()
-        block.sum()
-        wait(block.device)
-        times.append(time.perf_counter() - started)
-    return block.nbytes / min(times)
-
-
 def _peak_bytes(device: str, work: Callable[[], object]) -> int:
     """Most memory in use during some work; on a CPU other than Linux's, up to its end."""
     gc.collect()
@@ -298,31 +233,3 @@ def _device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def draw(result: BenchResult, path: Path) -> None:
-    """Speed and exit depths as a picture.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "report", "drawing") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 0.5 * len(result.rows) + 1.5), layout="constrained")
-    names = [row.name for row in result.rows]
-    speeds = [result.batch / row.median for row in result.rows]
-    limits = [0.0 if math.isnan(row.bytes_per_token) else result.batch * result.limit(row) for row in result.rows]
-    axis.barh(names, limits, color="#dde6ee", label="byte limit")
-    bars = axis.barh(names, speeds, height=0.5, color="#2878b5", label="measured")
-    axis.bar_label(bars, [f"{result.ratio(row):.2f}x" for row in result.rows], padding=3)
-    axis.invert_yaxis()
-    axis.set_xlabel("tokens a second")
-    axis.set_title(f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, {result.device}")
-    axis.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from river_compile.backend import RiverBackend
 from river_compile.config import NEVER, RiverConfig
+from river_compile.measure.bench_rows import ExactTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ExactBench", "ExactTokens"]
-
-
-@dataclass(frozen=True)
-class ExactTokens:
-    """What exact decoding made.
-
-    Fields:
-        tokens, differing: tokens written, and how many of them the backbone alone does not write.
-        acceptance: share of the drafts that verification kept; None if nothing was drafted.
-    """
-
-    tokens: int
-    differing: int
-    acceptance: float | None
+__all__ = ["ExactBench"]
 
 
 class ExactBench:
@@ -53,7 +40,7 @@ class ExactBench:
         self._made: list[torch.Tensor] = []
         self.seconds: list[float] = []
 
-    def measure(self, *, keep: bool) -> None:
+    def measure(self, keep: bool) -> None:
         """One round: what the tokens take that come after the prompt's own."""
         times = []
         for count in (1, self._new):

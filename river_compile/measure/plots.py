@@ -1,17 +1,21 @@
-"""Plots of calibration and comparison, as PNG files."""
+"""Plots of calibration, comparison and benchmarks, as PNG files."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from river_compile.errors import MissingExtra, RiverError
 
 if TYPE_CHECKING:
+    from river_compile.measure.bench_rows import RatedRows
     from river_compile.measure.calibration import Calibration
     from river_compile.measure.kv_comparison import Comparison
+    from river_compile.measure.onnx_bench import BenchPoint, OnnxBench
 
-__all__ = ["draw_calibration", "draw_policies"]
+__all__ = ["draw_calibration", "draw_policies", "draw_rows", "draw_sweeps"]
 
 _COLOURS = {
     "share": "#0b6e99",
@@ -20,6 +24,7 @@ _COLOURS = {
     "recompute": "#6a3d9a",
     "monotone": "#b59a00",
 }
+_OTHER_WAYS = {"plain, int4": "#c2571a", "exact": "#b22222"}
 _MARKS = {"share": "o", "propagate": "s", "mask": "x", "recompute": "^", "monotone": "D"}
 
 
@@ -135,3 +140,84 @@ def draw_calibration(calibration: Calibration, path: Path) -> None:
         f"{calibration.verdict()}\n{calibration.documents} documents, {calibration.tokens} tokens", fontsize=9
     )
     _save(figure, path)
+
+
+def draw_rows(rated: RatedRows, title: str, path: Path) -> None:
+    """Speeds of rows beside their byte limits, a bar for each.
+
+    Raises:
+        RiverError: the file cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(8, 0.5 * len(rated.rows) + 1.5), layout="constrained")
+    names = [row.name for row in rated.rows]
+    speeds = [rated.batch / row.median for row in rated.rows]
+    limits = [rated.batch * rated.limit(row) for row in rated.rows]
+    if not all(map(math.isnan, limits)):
+        axis.barh(names, [0.0 if math.isnan(limit) else limit for limit in limits], color="#dde6ee", label="byte limit")
+    bars = axis.barh(names, speeds, height=0.5, color="#2878b5", label="measured")
+    axis.bar_label(bars, [f"{rated.ratio(row):.2f}x" for row in rated.rows], padding=3)
+    axis.invert_yaxis()
+    axis.set_xlabel("tokens a second")
+    axis.set_title(title)
+    axis.legend(loc="lower right")
+    _save(figure, path)
+
+
+def draw_sweeps(result: OnnxBench, path: Path) -> None:
+    """Speed beside the plain model's, a line for each row, against batch size and against context, as far as there are
+    several; below 1 a river does not pay. With one of each: `draw_rows`.
+
+    Raises: as `draw_rows`.
+    """
+    name = Path(result.model).name
+    sweeps = {over: points for over in ("batch", "context") if len(points := result.sweep(over)) > 1}
+    if not sweeps:
+        point = result.points[0]
+        title = f"{name}, batch {point.batch}, context {point.context}\n{result.device}"
+        draw_rows(point, title, path)
+        return
+    reference = result.points[0].reference
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(
+        1, len(sweeps), figsize=(5.6 * len(sweeps) + 0.6, 5.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (over, points) in zip(panels[0], sweeps.items(), strict=True):
+        _draw_sweep(axis, over, points)
+    highest = max(point.ratio(row) for points in sweeps.values() for point in points for row in point.rows)
+    panels[0][0].set_ylim(0, 1.08 * max(highest, 1.1))
+    panels[0][0].set_ylabel(f"times as fast as {reference}")
+    panels[0][0].yaxis.set_major_formatter("{x:g}x")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        f"{name}: speed of decoding; below {reference} a river does not pay\n"
+        f"{result.device}, {result.prompts} in the cache",
+        fontsize=10,
+    )
+    _save(figure, path)
+
+
+def _draw_sweep(axis: Any, over: str, points: Sequence[BenchPoint]) -> None:
+    from matplotlib import colormaps
+
+    places = [getattr(point, over) for point in points]
+    names = [row.name for row in points[0].rows if row.name != points[0].reference]
+    rivers = [name for name in names if name not in _OTHER_WAYS]
+    for name in names:
+        shade = 0.85 * rivers.index(name) / max(len(rivers) - 1, 1) if name in rivers else 0.0
+        colour = _OTHER_WAYS.get(name) or colormaps["viridis"](shade)
+        rows = [(place, point, point.row(name)) for place, point in zip(places, points, strict=True)]
+        found = [(place, point.ratio(row)) for place, point, row in rows if row is not None]
+        style = ":" if name in _OTHER_WAYS else "-"
+        axis.plot(*zip(*found, strict=True), style, color=colour, marker="o", markersize=4, linewidth=1.6, label=name)
+    axis.axhline(1, color="black", linewidth=1.2, linestyle="--", label=points[0].reference)
+    axis.axhspan(0, 1, color="#b22222", alpha=0.06, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [f"{place:,}" for place in places])
+    axis.minorticks_off()
+    fixed = {"batch": f"context {points[0].context:,}", "context": f"batch {points[0].batch}"}[over]
+    axis.set_xlabel({"batch": "sequences in a batch", "context": "tokens in the cache"}[over])
+    axis.set_title(fixed, fontsize=10)
+    axis.grid(alpha=0.25)

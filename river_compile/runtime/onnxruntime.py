@@ -45,12 +45,12 @@ class OnnxDecoder(Decoder):
     def __init__(self, path: str | Path, device: str = "cpu", threads: int | None = None) -> None:
         self._ort = _onnxruntime(device)
         self.device = device
-        self._path, self._threads = Path(path), threads
-        if not self._path.is_file():
+        self.path, self.threads = Path(path), threads
+        if not self.path.is_file():
             raise InputError(f"{path}: no such file")
         self.session = self._load(reuse=True)
         try:
-            self.signature = Signature.of(self.session, partial(read_graph, self._path), self._path.parent)
+            self.signature = Signature.of(self.session, partial(read_graph, self.path), self.path.parent)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         self._outputs = [value.name for value in self.session.get_outputs()]
@@ -256,13 +256,13 @@ class OnnxDecoder(Decoder):
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_reuse = reuse
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
         try:
-            return self._ort.InferenceSession(str(self._path), options, providers=[DEVICES[self.device]])
+            return self._ort.InferenceSession(str(self.path), options, providers=[DEVICES[self.device]])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{self._path}: ONNX Runtime cannot load it: {reason}") from error
+            raise InputError(f"{self.path}: ONNX Runtime cannot load it: {reason}") from error
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
         run = self._run_direct if self.device == "cpu" else self._run_bound

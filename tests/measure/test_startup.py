@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from river_compile.cli.bench import _startup_table
+from river_compile.cli.bench_report import startup_table
 from river_compile.errors import InputError
 from river_compile.measure import startup
 from river_compile.measure.bench import BenchResult
@@ -45,7 +45,7 @@ def test_ways_have_a_cache_each_and_ratios_are_of_medians(monkeypatch: pytest.Mo
 def test_the_table_has_a_line_for_each_way_and_cache() -> None:
     rows = [Startup(way, "cold", (1.0, 2.0), (3.0, 4.0), (1.0, 1.0), (1.0, 0.5)) for way in ("inductor", "river")]
     result = BenchResult("m", "cpu", "bfloat16", 1, 3, 3, 100.0, [], {}, 10, 2, {}, rows)
-    table = _startup_table(result)
+    table = startup_table(result)
     assert table.row_count == 2
     assert [list(column.cells)[1] for column in table.columns] == [
         "cold, river",

@@ -1,0 +1,132 @@
+"""What `river-bench` shows of what it measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from river_compile.measure.bench import BenchResult
+    from river_compile.measure.bench_rows import ExactTokens, RatedRows
+    from river_compile.measure.onnx_bench import BenchPoint, OnnxBench
+
+__all__ = ["show_bench", "show_onnx_bench", "startup_table"]
+
+
+def show_bench(console: Console, result: BenchResult) -> None:
+    """Of a Hugging Face model."""
+    title = f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, decode, {result.device}, "
+    console.print(_table(result, title + f"memory {result.bandwidth / 1e9:.1f} GB/s"))
+    if result.exact is not None:
+        console.print(_exactly(result.exact))
+    if result.startup:
+        console.print(startup_table(result))
+    seconds = result.compile_seconds
+    console.print(
+        f"compile time: Inductor {seconds['inductor']:.1f} s, river {seconds['river']:.1f} s "
+        f"({seconds['river'] / seconds['inductor']:.2f}x)"
+    )
+    both = result.backbone_bytes + result.river_bytes
+    peaks = result.decode_peak_bytes
+    console.print(
+        f"weights: backbone {result.backbone_bytes / 1e6:.0f} MB, with the river {both / 1e6:.0f} MB "
+        f"({both / result.backbone_bytes:.2f}x); most memory while decoding: {peaks['inductor'] / 1e6:.0f} MB "
+        f"before the river was made, {peaks['river'] / 1e6:.0f} MB after"
+    )
+
+
+def startup_table(result: BenchResult) -> Table:
+    from river_compile.measure.startup import TOKENS
+
+    table = Table(
+        box=box.SIMPLE,
+        title="start-up: seconds from a loaded model to a token, in a new process, and the ratio to Inductor",
+        title_justify="left",
+    )
+    table.add_column("")
+    for token in TOKENS:
+        for kind in ("CPU s", "wall s"):
+            table.add_column(f"{kind}, token {token}", justify="right")
+    for row in result.startup:
+        cells = []
+        for cpu, cpu_ratio, wall, wall_ratio in zip(
+            row.cpu_seconds, row.cpu_ratio, row.wall_seconds, row.wall_ratio, strict=True
+        ):
+            cells += [f"{cpu:.1f} ({cpu_ratio:.2f}x)", f"{wall:.1f} ({wall_ratio:.2f}x)"]
+        table.add_row(f"{row.cache}, {row.way}", *cells)
+    return table
+
+
+def show_onnx_bench(console: Console, result: OnnxBench) -> None:
+    """Of an ONNX model: a table for each batch size and context, and the sweeps over either."""
+    known = not math.isnan(result.bandwidth)
+    memory = f", memory {result.bandwidth / 1e9:.1f} GB/s" if known else ""
+    console.print(
+        f"{result.model}, {result.layers} decoder layers; {result.device}{memory}\n"
+        f"plain: {result.plain or 'none'}; in the cache: {result.prompts}; {result.rounds} interleaved rounds of "
+        f"{result.new_tokens} decode passes",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    for point in result.points:
+        console.print(_table(point, f"batch {point.batch}, context {point.context}"))
+        if point.exact is not None:
+            console.print(_exactly(point.exact))
+    for over in ("batch", "context"):
+        if len(points := result.sweep(over)) > 1:
+            console.print(_sweep_table(over, points))
+
+
+def _table(rated: RatedRows, title: str) -> Table:
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for column in ("", "ms", "tokens/s", "ratio", "mean exit depth", "byte limit tokens/s", "reached"):
+        words = map(len, column.split())
+        table.add_column(
+            column, justify="right" if column else "left", no_wrap=not column, min_width=max(words, default=0)
+        )
+    for row in rated.rows:
+        limit = rated.limit(row)
+        table.add_row(
+            row.name,
+            f"{row.median * 1e3:.1f}",
+            f"{rated.batch / row.median:.1f}",
+            f"{rated.ratio(row):.2f}x",
+            f"{row.mean_depth:.1f}" if row.depths else "",
+            "" if math.isnan(limit) else f"{rated.batch * limit:.0f}",
+            "" if math.isnan(limit) else f"{1 / row.median / limit:.0%}",
+        )
+    return table
+
+
+def _exactly(made: ExactTokens) -> str:
+    kept = "nothing was drafted" if made.acceptance is None else f"{made.acceptance:.0%} of the drafts accepted"
+    return f"exact: {made.differing} of {made.tokens} tokens differ from the backbone's; {kept}"
+
+
+def _sweep_table(over: str, points: list[BenchPoint]) -> Table:
+    """Ratios by batch size or by context; of thresholds the mean exit depth too, since a batch exits where the last of
+    its tokens would."""
+    first = points[0]
+    fixed = f"context {first.context}" if over == "batch" else f"batch {first.batch}"
+    table = Table(
+        box=box.SIMPLE,
+        title=f"ratio by {over}, {fixed} (mean exit depth)",
+        title_justify="left",
+    )
+    table.add_column(over, no_wrap=True)
+    for point in points:
+        table.add_column(str(getattr(point, over)), justify="right")
+    for name in dict.fromkeys(row.name for point in points for row in point.rows):
+        cells = []
+        for point in points:
+            row = point.row(name)
+            depth = f" ({row.mean_depth:.1f})" if row is not None and row.depths and ", tau " in name else ""
+            cells.append("-" if row is None else f"{point.ratio(row):.2f}x{depth}")
+        table.add_row(name, *cells)
+    return table
