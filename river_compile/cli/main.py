@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare what can become of the keys and values of skipped layers."),
     "plan": ("plan", "Predict sizes and speed from a config alone."),
     "lm-eval": ("lm_eval", "Evaluate on the tasks of EleutherAI's harness."),
-    "bench": ("bench", "Time a model in PyTorch: eager, by Inductor, and with a river."),
+    "bench": ("bench", "Time a model beside itself with a river, in PyTorch or ONNX Runtime."),
 }
 """Name of a command -> its module in this folder, and a line about it."""
 

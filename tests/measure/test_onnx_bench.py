@@ -18,6 +18,7 @@ from river_compile.measure import onnx_bench
 from river_compile.measure.bench_rows import BenchRow, interleave
 from river_compile.measure.fidelity import load_tokenizer
 from river_compile.measure.onnx_bench import BenchPoint, bench_onnx
+from river_compile.measure.onnx_models import open_models
 from river_compile.measure.onnx_ways import Prompt, Way, some_prompts
 from river_compile.measure.onnx_weights import ReadWeights
 from river_compile.runtime import OnnxDecoder
@@ -74,6 +75,21 @@ def test_a_plain_model_gets_a_river_for_the_while(plain: Path) -> None:
     # 4 bits, the head too, beside a river of 8 bits and a float head.
     assert found["plain, int4"].bytes_per_token < 0.3 * found["plain"].bytes_per_token
     assert found["plain, int4"].bytes_per_token < found["all river"].bytes_per_token
+
+
+def test_the_quantized_plain_model_says_nearly_the_same(plain: Path, tmp_path: Path) -> None:
+    models = open_models(plain, tmp_path, int4=True, progress=lambda step, done, total: None)
+    assert models.int4 is not None and models.plain is not None
+    graph = onnx.load(models.int4.path, load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 7 * LAYERS + 1
+    bits = {
+        a.name: a.i for node in products for a in node.attribute if a.name in ("bits", "block_size", "accuracy_level")
+    }
+    assert bits == {"bits": 4, "block_size": 32, "accuracy_level": 4}
+    ids = some_prompts(VOCABULARY, 1, 8, None)
+    expected, found = (decoder.forward(ids, decoder.start(1))[0] for decoder in (models.plain, models.int4))
+    assert 0.9 < np.corrcoef(expected.ravel(), found.ravel())[0, 1] < 1
 
 
 def test_a_river_model_is_beside_itself_without_its_river(river: Path) -> None:
