@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -84,7 +85,7 @@ class OnnxBench:
     def sweep(self, over: str) -> list[BenchPoint]:
         """The points that differ in "batch" or in "context" only, in ascending order."""
         other = "context" if over == "batch" else "batch"
-        fixed = getattr(self.points[0], other)
+        fixed, _ = Counter(getattr(point, other) for point in self.points).most_common(1)[0]
         return sorted((p for p in self.points if getattr(p, other) == fixed), key=lambda p: int(getattr(p, over)))
 
     def to_json(self) -> str:
@@ -198,6 +199,7 @@ class _Bencher:
     limit: int | None
     tokenizer: TextTokenizer | None
     progress: Progress
+    weights: dict[Path, ReadWeights] = field(default_factory=dict)
 
     def measure(self, batch: int, context: int) -> None:
         place = f"batch {batch}, context {context}"
@@ -243,14 +245,17 @@ class _Bencher:
     def _ways(self) -> list[Way]:
         """The rows to measure; the first is the one that ratios are to."""
         models, layers = self.models, self.result.layers
-        ways = [
-            Way(BenchRow(name), decoder, ReadWeights.of(decoder.path))
-            for name, decoder in ((PLAIN, models.plain), (f"{PLAIN}, int4", models.int4))
-            if decoder is not None
-        ]
+        plain = [(PLAIN, models.plain), (f"{PLAIN}, int4", models.int4)]
         rows = [*river_rows(layers, self.taus, self.depths), BenchRow("all river", tau=NEVER, max_depth=0)]
-        weights = ReadWeights.of(models.river.path)
-        return [*ways, *(Way(row, models.river, weights) for row in rows)]
+        decoders = [(BenchRow(name), decoder) for name, decoder in plain if decoder is not None]
+        decoders += [(row, models.river) for row in rows]
+        return [Way(row, decoder, self._weights(decoder)) for row, decoder in decoders]
+
+    def _weights(self, decoder: OnnxDecoder) -> ReadWeights:
+        """Read once: a file may hold its weights itself."""
+        if decoder.path not in self.weights:
+            self.weights[decoder.path] = ReadWeights.of(decoder.path)
+        return self.weights[decoder.path]
 
     def _exactly(self, prompt: Prompt, place: str) -> ExactWay | None:
         river = self.models.river

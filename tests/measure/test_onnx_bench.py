@@ -200,6 +200,9 @@ def test_batches_and_contexts_are_two_sweeps(river: Path) -> None:
     assert [(point.batch, point.context) for point in result.points] == [(2, 8), (1, 8), (2, 16)]
     assert [point.batch for point in result.sweep("batch")] == [1, 2]
     assert [point.context for point in result.sweep("context")] == [8, 16]
+    # Where the first place of all could not be measured, the others are still a sweep.
+    result.points = result.points[:1] + result.points[2:]
+    assert [point.context for point in result.sweep("context")] == [8, 16]
     for name in ("batches", "contexts"):
         with pytest.raises(ConfigError, match="numbers of 1 or more"):
             bench_onnx(river, **SMALL | {name: (0,)})
@@ -213,8 +216,9 @@ def _variant(name: str, plain: Path, folder: Path) -> Path:
 
 def test_what_a_model_does_not_take_is_noted(plain: Path, tmp_path: Path) -> None:
     static = _variant("static", plain, tmp_path)
-    result = bench_onnx(static, **SMALL | {"contexts": (ROOM - 4, ROOM - 3)})
+    result = bench_onnx(static, exact=True, **SMALL | {"contexts": (ROOM - 4, ROOM - 3)})
     assert [point.context for point in result.points] == [ROOM - 4]
+    assert result.points[0].exact is not None and result.points[0].exact.differing == 0
     assert "skipped" in result.notes[0] and f"context {ROOM - 3}" in result.notes[0]
     single = _variant("one sequence", plain, tmp_path)
     result = bench_onnx(single, **SMALL | {"batches": (1, 2)})
