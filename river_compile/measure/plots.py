@@ -159,9 +159,10 @@ def draw_rows(rated: RatedRows, title: str, path: Path) -> None:
     bars = axis.barh(names, speeds, height=0.5, color="#2878b5", label="measured")
     axis.bar_label(bars, [f"{rated.ratio(row):.2f}x" for row in rated.rows], padding=3)
     axis.invert_yaxis()
+    axis.margins(x=0.12)
     axis.set_xlabel("tokens a second")
-    axis.set_title(title)
-    axis.legend(loc="lower right")
+    axis.set_title(title, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path)
 
 
