@@ -11,11 +11,12 @@ from river_compile.passes.onnx.flatten_tokens import ROWS_SUFFIX
 from river_compile.passes.onnx.graph import OnnxGraph, reads, toposorted
 from river_compile.passes.onnx.row_wise import ROWS, RowWise
 
-__all__ = ["LOGITS_FROM", "cut_logits"]
+__all__ = ["CUT", "LOGITS_FROM", "cut_logits"]
 
 LOGITS_FROM = "river.logits_from"
 _PRODUCTS = {"MatMul", "Gemm"}
-_CUT = "river/logits_from/"
+_PREFIX = "river/logits_from/"
+CUT = f"{_PREFIX}Slice"
 
 
 def cut_logits(graph: OnnxGraph, anatomy: Anatomy) -> bool:
@@ -46,9 +47,9 @@ def cut_logits(graph: OnnxGraph, anatomy: Anatomy) -> bool:
         return False
     start = graph.add_weight(LOGITS_FROM, np.zeros(1, np.int64))
     graph.overridable.append(LOGITS_FROM)
-    end, axis = graph.integers(f"{_CUT}end", [np.iinfo(np.int64).max]), graph.integers(f"{_CUT}axis", [1])
+    end, axis = graph.integers(f"{_PREFIX}end", [np.iinfo(np.int64).max]), graph.integers(f"{_PREFIX}axis", [1])
     rows = gs.Variable(hidden + ROWS_SUFFIX, tensors[hidden].dtype)
-    cut = gs.Node("Slice", f"{_CUT}Slice", inputs=[tensors[hidden], start, end, axis], outputs=[rows])
+    cut = gs.Node("Slice", CUT, inputs=[tensors[hidden], start, end, axis], outputs=[rows])
     for node in suffix:
         node.inputs = [rows if tensor.name == hidden else tensor for tensor in node.inputs]
     graph.surgeon.nodes = toposorted([*graph.nodes, cut])

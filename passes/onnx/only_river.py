@@ -7,6 +7,8 @@ import onnx
 import onnx_ir as ir
 from onnxscript import optimizer
 
+from river_compile.passes.onnx.cut_logits import CUT
+
 __all__ = ["only_river", "take_branches"]
 
 _OWN = "river."
@@ -43,6 +45,9 @@ def take_branches(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
     for node in graph:
         if node.op_type == "If" and str(node.name).startswith(_BRANCH):
             node.replace_input_with(0, condition)
+        elif node.name == CUT:
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            graph.remove(node, safe=True)
     optimizer.fold_constants(read, input_size_limit=0)
     # Branches that were not taken still count as readers of what they read, until the graph is read anew.
     bare = ir.from_proto(ir.to_proto(read))

@@ -20,7 +20,7 @@ from river_compile.runtime.sampling import Sampling
 
 __all__ = ["ExactWay", "Prompt", "Way", "some_prompts"]
 
-# Logits of a pass are as many rows as it reads tokens.
+# Not every model can leave out the logits of all tokens but the last.
 _ROWS_A_PASS = 256
 
 
@@ -57,7 +57,7 @@ class Prompt:
             # GroupQueryAttention reads several tokens behind others for one sequence only.
             step = ids.shape[1]
         for start in range(0, ids.shape[1], step):
-            logits, _ = decoder.backbone(ids[:, start : start + step], state)
+            logits, _ = decoder.backbone(ids[:, start : start + step], state, last_only=True)
         first = logits[:, -1].argmax(-1)
         beyond = decoder.mark(state)
         for _ in range(room):
