@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["CacheForm", "Cutter"]
+__all__ = ["ELEMENTS", "IR_VERSION", "OPSET", "CacheForm", "Cutter"]
 
-_OPSET, _IR_VERSION = 13, 8
-_ELEMENTS = {
+OPSET, IR_VERSION = 13, 8
+ELEMENTS = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
     "tensor(bfloat16)": TensorProto.BFLOAT16,
@@ -86,8 +86,8 @@ def _model(forms: Mapping[str, CacheForm], count: int) -> onnx.ModelProto:
                 inputs.append(helper.make_tensor_value_info(f"{name}.{place}.{end}", TensorProto.INT64, [2]))
     for name, form in forms.items():
         dims: list[int | str | None] = [None] * form.rank
-        inputs.append(helper.make_tensor_value_info(name, _ELEMENTS[form.type], dims))
-        outputs.append(helper.make_tensor_value_info(f"{name}.cut", _ELEMENTS[form.type], dims))
+        inputs.append(helper.make_tensor_value_info(name, ELEMENTS[form.type], dims))
+        outputs.append(helper.make_tensor_value_info(f"{name}.cut", ELEMENTS[form.type], dims))
         axes[f"axes.{form.axis}"] = np.array([0, form.axis], np.int64)
         if count == 1:
             # A single sequence never gets padding: one copy instead of three.
@@ -105,5 +105,5 @@ def _model(forms: Mapping[str, CacheForm], count: int) -> onnx.ModelProto:
         nodes.append(helper.make_node("Concat", rows, [f"{name}.cut"], axis=0))
     constants = [onnx.numpy_helper.from_array(axis, name) for name, axis in axes.items()]
     graph = helper.make_graph(nodes, "cut", inputs, outputs, constants)
-    opset = helper.make_opsetid("", _OPSET)
-    return helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION, producer_name="river-compile")
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="river-compile")

@@ -15,6 +15,7 @@ from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.onnx.signature import Signature, read_graph
 from river_compile.runtime.cutting import CacheForm, Cutter
 from river_compile.runtime.decoder import Decoder
+from river_compile.runtime.joining import Joiner
 from river_compile.runtime.protocol import State
 
 __all__ = ["DEVICES", "OnnxDecoder"]
@@ -74,6 +75,10 @@ class OnnxDecoder(Decoder):
     @property
     def ragged(self) -> bool:  # type: ignore[override]
         return self.takes_padding
+
+    @property
+    def joins(self) -> bool:  # type: ignore[override]
+        return self.ragged and not self.fixed_batch and not any(slot.static for slot in self.signature.slots)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -226,21 +231,32 @@ class OnnxDecoder(Decoder):
             state.caches[name] = self._moved(state.caches[name], slots[name].axis, spans)
         state.keep(spans)
 
+    def join(self, state: State, other: State) -> None:
+        shapes = (state.mask.shape, other.mask.shape)
+        state.caches = self._joiner.join(state.caches, other.caches, shapes, self._on_cpu)
+        state.take_in(other)
+
     @cached_property
     def _cutter(self) -> Cutter:
+        return Cutter(self._growing, self._small_session)
+
+    @cached_property
+    def _joiner(self) -> Joiner:
+        return Joiner(self._growing, self._small_session)
+
+    @property
+    def _growing(self) -> dict[str, CacheForm]:
         kinds = {value.name: value.type for value in self.session.get_inputs()}
-        forms = {
+        return {
             slot.past: CacheForm(kinds[slot.past], len(slot.sizes), slot.axis)
             for slot in self.signature.slots
             if not slot.static
         }
 
-        def session(model: bytes) -> Any:
-            options = self._ort.SessionOptions()
-            options.log_severity_level = 3
-            return self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
-
-        return Cutter(forms, session)
+    def _small_session(self, model: bytes) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        return self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
 
     def _moved(self, value: Any, axis: int, spans: Sequence[tuple[int, int, int, int]]) -> Any:
         """A cache of fixed length whose sequences stand where the spans tell; cut off is what lies behind."""

@@ -52,19 +52,30 @@ class State:
 
         self.mask, self.ids = (np.stack([kept(values, *span) for span in spans]) for values in (self.mask, self.ids))
 
+    def take_in(self, other: State) -> None:
+        """Add the mask and ids of another state's sequences; the caches are the runtime's to join."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def filled(values: np.ndarray) -> np.ndarray:
+            return np.pad(values, ((0, 0), (length - values.shape[1], 0)))
+
+        self.mask = np.concatenate([filled(self.mask), filled(other.mask)])
+        self.ids = np.concatenate([filled(self.ids), filled(other.ids)])
+
 
 class Passes(ABC):
     """Forward passes of a decoder with a KV cache, whatever runs it.
 
     ``clock`` tells seconds: what passes cost is measured by it. ``fixed_batch``: no sequence can leave a state.
     ``ragged``: sequences of a state may differ in length, the shorter ones padded on the left. ``verifies``: a pass of
-    several tokens gives logits for each. ``coarse``: keys and values have so few digits that their rounding, where
-    passes of several rows round otherwise than those of one, can turn later choices.
+    several tokens gives logits for each. ``joins``: states can be joined. ``coarse``: keys and values have so few
+    digits that their rounding, where passes of several rows round otherwise than those of one, can turn later choices.
     """
 
     fixed_batch: bool = False
     ragged: bool = True
     verifies: bool = True
+    joins: bool = False
     coarse: bool = False
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
@@ -126,3 +137,10 @@ class Passes(ABC):
             forget: how many of its last tokens each sequence that stays forgets.
             rows: the sequences that stay, in their order.
         """
+
+    def join(self, state: State, other: State) -> None:
+        """Take the sequences of another state in, behind those that are there; only where it ``joins``.
+
+        The shorter ones get padding on the left. The other state is not to be used any more.
+        """
+        raise NotImplementedError

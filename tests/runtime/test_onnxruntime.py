@@ -203,3 +203,26 @@ def test_a_wrong_argument_is_named(decoder: OnnxDecoder, arguments: dict[str, An
 def test_the_river_tells_of_itself_and_a_plain_model_does_not(decoder: OnnxDecoder, exported: Exported) -> None:
     assert decoder.metadata["river.layers"] == str(LAYERS)
     assert OnnxDecoder(exported("llama"), threads=1).metadata == {}
+
+
+@pytest.mark.parametrize("lengths", ((2, 7), (7, 2), (3, 3)))
+def test_states_that_are_joined_go_on_as_each_would_alone(decoder: OnnxDecoder, lengths: tuple[int, int]) -> None:
+    prompts = [np.arange(3, 3 + length)[None] for length in lengths]
+    alone, joined = [], []
+    for prompt in prompts:
+        state, twin = decoder.start(1), decoder.start(1)
+        decoder.backbone(prompt, state)
+        decoder.backbone(prompt, twin)
+        alone.append(state)
+        joined.append(twin)
+    decoder.join(joined[0], joined[1])
+    # Rows can leave again: the second stays, and loses what padding it has.
+    for token in (9, 11):
+        expected = [decoder.backbone(np.array([[token]]), state)[0][0, -1] for state in alone]
+        found = decoder.backbone(np.array([[token], [token]]), joined[0])[0][:, -1]
+        np.testing.assert_allclose(found, np.stack(expected), atol=1e-4)
+    assert joined[0].ids[:, -3:].tolist() == [[length + 2, 9, 11] for length in lengths]
+    decoder.cut(joined[0], [0], [1])
+    expected = decoder.backbone(np.array([[5]]), alone[1])[0]
+    np.testing.assert_allclose(decoder.backbone(np.array([[5]]), joined[0])[0], expected, atol=1e-4)
+    assert joined[0].mask.shape == alone[1].mask.shape

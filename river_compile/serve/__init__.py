@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: one engine with continuous batching a replica, replicas by Ray Serve."""
