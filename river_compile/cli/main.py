@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compare": ("compare", "Compare what can become of the keys and values of skipped layers."),
     "plan": ("plan", "Predict sizes and speed from a config alone."),
     "lm-eval": ("lm_eval", "Evaluate on the tasks of EleutherAI's harness."),
+    "serve": ("serve", "Serve an exported model by OpenAI's API, on Ray Serve."),
     "bench": ("bench", "Time a model beside itself with a river, in PyTorch or ONNX Runtime."),
 }
 """Name of a command -> its module in this folder, and a line about it."""

@@ -111,7 +111,8 @@ def _add_errors(app: FastAPI) -> None:
         own = first.get("ctx", {}).get("error")
         if isinstance(own, ConfigError):
             return JSONResponse(error_body(str(own), param=own.field), 400)
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        # Where JSON breaks off is told as a number.
+        place = "" if first["type"] == "json_invalid" else ".".join(str(part) for part in first["loc"][1:])
         message = f"{place}: {first['msg']}" if place else str(first["msg"])
         return JSONResponse(error_body(message, param=place or None), 400)
 

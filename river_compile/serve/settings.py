@@ -20,7 +20,7 @@ class ServeSettings:
 
     Fields:
         model: an ONNX decoder's file.
-        tokenizer: folder of its tokenizer.
+        tokenizer: folder of its tokenizer, or hub name.
         name: what requests call the model.
         slots: streams that are decoded at once.
         queue: requests that may wait for a slot; more are refused.
@@ -35,7 +35,7 @@ class ServeSettings:
     """
 
     model: Path
-    tokenizer: Path
+    tokenizer: str | Path
     name: str
     slots: int = 8
     queue: int = 64

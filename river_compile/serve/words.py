@@ -22,15 +22,15 @@ class Words:
     """A tokenizer's folder, and what else it says of the model.
 
     Args:
-        folder: with the tokenizer; its config and generation config are read if they are there.
+        folder: with the tokenizer, or a hub name; a folder's config and generation config are read if they are there.
 
     Raises:
         MissingExtra: transformers is not installed.
         InputError: there is no tokenizer, or one of a kind that cannot decode token by token.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
         self._tokenizer = hub_tokenizer(folder)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is None:
