@@ -157,7 +157,7 @@ def _ray(given: dict[str, Any]) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("stopping", err=True)
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()  # type: ignore[no-untyped-call]
 
 

@@ -17,6 +17,7 @@ import pytest
 from river_compile.serve.service import Service
 from river_compile.serve.settings import digest
 from tests.families import LAYERS
+from tests.serve.fuzz import mutated
 from tests.serve.served import NAME, client_of, complete, events, expected, post, settings, together, words
 from tests.words import save_word_tokenizer
 
@@ -270,24 +271,9 @@ def test_a_client_that_leaves_frees_its_slot(service: Service) -> None:
     asyncio.run(run())
 
 
-def _mutated(rng: random.Random) -> bytes:
-    """A request that may be anything but a reason to fail."""
-    values: list[Any] = [None, -1, 0, 1, 2**70, 1.5, True, "", "w5", "\ud800", [], {}, [5], [[5, 6]], ["w5"], {"a": []}]
-    values += [{"type": "text"}, [{"role": "user", "content": "w5"}], float("nan"), "w5 " * 400]
-    fields = ["prompt", "messages", "max_tokens", "tau", "exact", "temperature", "top_p", "seed", "stop", "logprobs"]
-    fields += ["n", "stream", "stream_options", "model", "top_logprobs", "tools", "wrong", "logit_bias"]
-    body: dict[str, Any] = {"prompt": "w5 w6", "max_tokens": 3}
-    for _ in range(rng.randrange(4)):
-        body[rng.choice(fields)] = rng.choice(values)
-    text = bytearray(json.dumps(body).encode())
-    for _ in range(rng.choice((0, 0, 0, 1, 3))):
-        text[rng.randrange(len(text))] = rng.randrange(256)
-    return bytes(text)
-
-
 def test_no_request_makes_it_fail(service: Service) -> None:
     rng = random.Random(0)
-    bodies = [_mutated(rng) for _ in range(150)]
+    bodies = [mutated(rng) for _ in range(150)]
 
     async def run() -> list[int]:
         found = []
