@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+# Ray gives its agents 15 seconds to come up, and a machine under load may need more at first.
+_ATTEMPTS = 3
+
 _EXAMPLES = """\b
 Examples:
   river-serve out_dir                                    a folder of river-export's, on 127.0.0.1:8000
@@ -145,11 +148,16 @@ def _ray(given: dict[str, Any]) -> Iterator[None]:
 
     # What Ray does at a termination is to print its stack.
     terminating = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
-    # A node that does not come up in time is a bare Exception.
-    except Exception as error:
-        raise RiverError(f"Ray does not start, or cannot be reached: {' '.join(str(error).split())[:300]}") from error
+    for attempt in range(_ATTEMPTS):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **given)
+            break
+        # A node that does not come up in time is a bare Exception.
+        except Exception as error:
+            ray.shutdown()  # type: ignore[no-untyped-call]
+            if attempt + 1 == _ATTEMPTS:
+                reason = " ".join(str(error).split())[:300]
+                raise RiverError(f"Ray does not start, or cannot be reached: {reason}") from error
     signal.signal(signal.SIGTERM, terminating)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:

@@ -63,7 +63,10 @@ def test_the_module_is_the_command() -> None:
     ("arguments", "line"),
     [
         (["exprot"], "error: no command 'exprot'; did you mean export?"),
-        (["xyz"], "error: no command 'xyz'; there are export, run, eval, calibrate, compare, plan, lm-eval, bench"),
+        (
+            ["xyz"],
+            "error: no command 'xyz'; there are export, run, eval, calibrate, compare, plan, lm-eval, serve, bench",
+        ),
         (["run", "nowhere.onnx"], "error: "),
         (["export", "--nope"], "error: No such option"),
     ],
