@@ -70,7 +70,9 @@ class OpenAI:
             raise RuntimeError("the engine has ended")
 
     def __del__(self) -> None:
-        self._service.close()
+        # It is not there where the model could not be loaded.
+        if hasattr(self, "_service"):
+            self._service.close()
 
     async def _report(self) -> None:
         while True:

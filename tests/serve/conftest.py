@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("prometheus_client")
-pytest.importorskip("fastapi")
-
 from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.serve.service import Service
