@@ -196,7 +196,7 @@ class Engine:
         try:
             key, group, run = self._place(stream)
             state = self._decoder.start(1)
-            logits, _ = run(np.array([request.prompt], np.int64), state)
+            logits, _ = run(np.array([request.prompt], np.int64), state, last_only=True)
             self._metrics.prompt_tokens.inc(len(request.prompt))
             stream.take([stream.sampling.choose(logits[0, -1])], logits[0, -1:])
             self._metrics.first_token.observe(time.perf_counter() - stream.submitted)

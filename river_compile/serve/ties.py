@@ -17,7 +17,8 @@ from river_compile.runtime.protocol import Passes, State
 
 __all__ = ["AloneInTies", "measured_tie"]
 
-Pass = Callable[[np.ndarray, State], tuple[np.ndarray, int | None]]
+Pass = Callable[..., tuple[np.ndarray, int | None]]
+"""`Passes.forward` or ``backbone``: tokens and a state in, logits and exit depth out."""
 
 # Twice for the two tokens of a margin, twice more since a few rows are a small sample.
 _SAFETY = 4.0
