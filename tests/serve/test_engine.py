@@ -89,9 +89,9 @@ def test_streams_share_passes(model: Path, tokenizer: Path) -> None:
     class Counted(OnnxDecoder):
         rows: list[int]
 
-        def backbone(self, ids: np.ndarray, state: Any, mask: Any = None) -> Any:
+        def backbone(self, ids: np.ndarray, state: Any, mask: Any = None, *, last_only: bool = False) -> Any:
             self.rows.append(len(ids))
-            return super().backbone(ids, state, mask)
+            return super().backbone(ids, state, mask, last_only=last_only)
 
     decoder = Counted(model, threads=1)
     decoder.rows = []
@@ -151,10 +151,10 @@ def test_a_pass_that_fails_ends_its_streams_alone(model: Path, tokenizer: Path, 
     class Failing(OnnxDecoder):
         ready = False
 
-        def backbone(self, ids: np.ndarray, state: Any, mask: Any = None) -> Any:
+        def backbone(self, ids: np.ndarray, state: Any, mask: Any = None, *, last_only: bool = False) -> Any:
             if self.ready and state.mask.shape[1] == length - 1:
                 raise MemoryError("no room")
-            return super().backbone(ids, state, mask)
+            return super().backbone(ids, state, mask, last_only=last_only)
 
     decoder = Failing(model, threads=1)
     engine = engine_of(decoder, settings(model, tokenizer))
