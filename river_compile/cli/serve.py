@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_APPLICATION = "river"
 # Ray gives its agents 15 seconds to come up, and a machine under load may need more at first.
 _ATTEMPTS = 3
 
@@ -129,9 +131,10 @@ def _serve(settings: ServeSettings, host: str, port: int, replicas: int, address
     with _ray({"address": address} if address else _local_ray(replicas, cpus)):
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         try:
-            serve.run(application(settings, Replicas(replicas, cpus)), name="river")
+            serve.run(application(settings, Replicas(replicas, cpus)), name=_APPLICATION)
         except RuntimeError as error:
-            raise RiverError(f"the replicas do not start: {_reason(error)}") from error
+            reason = _reason(_told_by_replicas(_APPLICATION))
+            raise RiverError(f"the replicas do not start: {reason}") from error
         click.echo(f"serving {settings.name} on http://{host}:{port}/v1, {replicas} x {settings.slots} slots")
         threading.Event().wait()
 
@@ -169,11 +172,18 @@ def _ray(given: dict[str, Any]) -> Iterator[None]:
         ray.shutdown()  # type: ignore[no-untyped-call]
 
 
-def _reason(error: RuntimeError) -> str:
-    """Our own line, of all that Ray Serve tells of a replica that does not start."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("river_compile.errors.")]
-    return (own or lines or ["no reason is told"])[-1].partition("Error: ")[2] or lines[-1]
+def _told_by_replicas(application: str) -> str:
+    """What Ray Serve has noted of an application whose replicas do not start."""
+    from ray import serve
+
+    status = serve.status().applications[application]
+    return "\n".join([status.message, *(one.message for one in status.deployments.values())])
+
+
+def _reason(told: str) -> str:
+    """Our own line, of all that Ray Serve tells; else the first that there is."""
+    own = re.findall(r"river_compile\.errors\.\w+: (.*)", told)
+    return str(own[-1]) if own else next((line.strip() for line in told.splitlines() if line.strip()), "see Ray's logs")
 
 
 def _local_ray(replicas: int, cpus: float) -> dict[str, Any]:
