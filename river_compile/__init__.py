@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
     from river_compile.measure.tuning import Tuning
-    from river_compile.pretrained import from_pretrained, load_river, save_river
+    from river_compile.pretrained import from_pretrained, load_river, offload, save_river
     from river_compile.reports import ExportReport, Plan
     from river_compile.statistics import Stats
 
@@ -35,6 +35,7 @@ __all__ = [
     "export",
     "from_pretrained",
     "load_river",
+    "offload",
     "plan",
     "refresh",
     "reset_stats",
@@ -60,6 +61,7 @@ _HOME = {
     "export": "api",
     "from_pretrained": "pretrained",
     "load_river": "pretrained",
+    "offload": "pretrained",
     "plan": "api",
     "refresh": "backend",
     "reset_stats": "backend",

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exporters.quantizers import quantizer
-from river_compile.exporters.torch import generate, saved, seam
+from river_compile.exporters.torch import generate, hooked, offload, saved, seam
 from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
@@ -200,6 +200,11 @@ class RiverBackend(State):
 
     def _import(self, module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[FxGraph, Mapping[str, torch.Tensor]]:
         """The graph, and its parameters by name. No other input is kept: the caches would stay alive."""
+        if hooked.is_hooked(calling_module()):
+            raise InputError(
+                "accelerate moves this model's weights in and out (device_map, offload_folder): call "
+                "river_compile.offload(model, after=...) before it is compiled"
+            )
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         parameters = {
             node.name: value
@@ -210,6 +215,7 @@ class RiverBackend(State):
             raise InputError("the weights are frozen into the graph (torch._inductor.config.freezing is on)")
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters.values()):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
+        offload.check(parameters.values())
         return import_graph(module, list(parameters)), parameters
 
     def _wants_river_prefill(self, rows: int | torch.SymInt, lowering: Lowering) -> bool:
@@ -450,6 +456,7 @@ def _stats(states: Sequence[State]) -> Stats:
         notes=tuple(notes),
         fallbacks=dict(fallbacks),
         exact=dict(exact),
+        offloaded_bytes=sum(parameter.nbytes for parameter in parameters if offload.find(parameter) is not None),
     )
 
 
@@ -584,12 +591,14 @@ def _experience_of(model: torch.nn.Module) -> Experience:
     return _experiences.setdefault(states[-1], Experience()) if states else Experience()
 
 
-def _generate_exactly(module: Any, name: str, settings: dict[str, Any]) -> None:
-    """Let ``generate`` of a model compiled with ``exact`` decode exactly."""
-    if name == "generate" and _config_of(module).exact and settings.get("custom_generate") is None:
+def _prepare(module: Any, name: str, settings: dict[str, Any]) -> None:
+    """Let ``generate`` of a model compiled with ``exact`` decode exactly; take over from accelerate one that is to be
+    offloaded."""
+    config = _config_of(module)
+    if config.offloads and hooked.is_hooked(module._orig_mod):
+        hooked.take_over(module._orig_mod, config)
+    if name == "generate" and config.exact and settings.get("custom_generate") is None:
         settings["custom_generate"] = functools.partial(exact, streamer=settings.pop("streamer", None))
 
 
-generate.install(
-    lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states, _generate_exactly
-)
+generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states, _prepare)

@@ -73,6 +73,11 @@ class RiverConfig:
         exact: generation is exact unless it is told otherwise: the river only drafts, and the backbone verifies, so the
             tokens are the backbone's. ``tau`` and ``max_depth`` then shape the drafts.
         lookup: in exact mode, whether tokens of the text itself are drafts where an n-gram repeats.
+        offload_after: torch.compile, on a CPU, keeps the backbone weights of decoder layers from this one on in a file,
+            and in memory only while a pass runs them; river, norms, embeddings, head and the layers before stay. None:
+            all stay.
+        offload_memory: the same, by the bytes that the decoder layers may keep: as many as fit stay.
+        offload_folder: where that file lies; the system's folder for temporary files if None.
     """
 
     tau: float = 0.9
@@ -98,6 +103,9 @@ class RiverConfig:
     cuda_graphs: bool = False
     exact: bool = False
     lookup: bool = True
+    offload_after: int | None = None
+    offload_memory: int | None = None
+    offload_folder: str | Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_layers", tuple(self.keep_layers))
@@ -163,11 +171,14 @@ class RiverConfig:
         if self.tau < -1:
             raise ConfigError("tau", f"must lie in [-1, 1], or above 1 for 'never exit', not {self.tau!r}")
         counts = {"min_depth": (self.min_depth, 0), "exit_every": (self.exit_every, 1)}
-        if self.max_depth is not None:
-            counts["max_depth"] = (self.max_depth, 0)
+        for field in ("max_depth", "offload_after", "offload_memory"):
+            if getattr(self, field) is not None:
+                counts[field] = (getattr(self, field), 0)
         for field, (value, least) in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(field, f"must be a whole number, {least} or more, not {value!r}")
+        if None not in (self.offload_after, self.offload_memory):
+            raise ConfigError("offload_memory", "offload_after says how many layers stay; give one of the two")
         for index in self.keep_layers:
             if not isinstance(index, int) or isinstance(index, bool):
                 raise ConfigError("keep_layers", f"must be layer indices, not {index!r}")
@@ -185,6 +196,11 @@ class RiverConfig:
             if name not in known:
                 raise ConfigError(name, f"no such option; there are {', '.join(sorted(known))}")
         return cls(**options)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether deep layers are to be offloaded."""
+        return self.offload_after is not None or self.offload_memory is not None
 
     def bits_of(self, *names: str) -> int | None:
         """Bits of a linear layer's river weights, by any of the names it goes by; None: it stays in its float type."""
@@ -216,5 +232,5 @@ class RiverConfig:
     def to_json(self) -> str:
         """This config as one line of JSON, as it is written into what is exported; without a calibration's evidence."""
         fields = dataclasses.asdict(self)
-        fields["dump_dir"] = fields["calibration"] = fields["saved_river"] = None
+        fields["dump_dir"] = fields["calibration"] = fields["saved_river"] = fields["offload_folder"] = None
         return json.dumps(fields, sort_keys=True)

@@ -12,9 +12,9 @@ from river_compile.backend import river as river_backend
 from river_compile.backend import tuned_weights
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
-from river_compile.exporters.torch import saved
+from river_compile.exporters.torch import hooked, saved
 
-__all__ = ["from_pretrained", "load_river", "save_river"]
+__all__ = ["from_pretrained", "load_river", "offload", "save_river"]
 
 _WARM_UP_TOKENS, _WARM_UP_NEW = 24, 4
 
@@ -79,6 +79,39 @@ def from_pretrained(
             do_sample=False,
         )
     return compiled
+
+
+def offload(
+    model: torch.nn.Module,
+    after: int | None = None,
+    *,
+    memory: int | None = None,
+    folder: str | Path | None = None,
+) -> int:
+    """Keep the weights of a model's deep decoder layers in a file, and in memory only while they are used.
+
+    The options ``offload_after`` and ``offload_memory`` of ``torch.compile`` do the same when the model first decodes.
+    Call this before, for a model that accelerate has spread over memory and disk
+    (``from_pretrained(..., device_map=..., offload_folder=...)``): its hooks are removed, and what they held goes into
+    the file, or into memory if it belongs to a layer that stays. So a model is loaded that memory cannot hold.
+
+    Args:
+        model: on the CPU; its parameters stay parameters, and may be read, written and saved.
+        after: how many decoder layers stay in memory.
+        memory: instead of it, how many bytes of decoder layers may stay.
+        folder: where the file lies; the system's folder for temporary files if None.
+
+    Returns:
+        Bytes that went into the file; 0 where they have been before.
+
+    Raises:
+        ConfigError: neither or both of ``after`` and ``memory`` are given, or the folder has no room.
+        InputError: the model has no list of decoder layers, runs on several devices, or what accelerate holds is gone.
+    """
+    if after is None and memory is None:
+        raise ConfigError("offload_after", "say how many layers stay, or how much memory they may take")
+    config = RiverConfig(offload_after=after, offload_memory=memory, offload_folder=folder)
+    return hooked.take_over(getattr(model, "_orig_mod", model), config)
 
 
 def save_river(model: torch.nn.Module, folder: str | Path) -> int:

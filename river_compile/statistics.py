@@ -21,7 +21,8 @@ class Stats:
         artifacts: pieces compiled for them.
         compile_seconds: time spent in this backend.
         backbone_bytes: the parameters of all graphs seen, each once; replaced_bytes: those among them that the river
-            has quantized; river_bytes: the quantized weights, held beside them.
+            has quantized; river_bytes: the quantized weights, held beside them; offloaded_bytes: parameters that lie in
+            files, and in memory only while a pass runs their layers.
         notes: what did not go as asked, a line each.
         fallbacks: why a graph was compiled by plain Inductor, and how often.
         exact: of exact decoding: "rounds", "drafted" and "accepted" tokens, "near_ties", and the milliseconds spent
@@ -41,6 +42,7 @@ class Stats:
     notes: tuple[str, ...]
     fallbacks: Mapping[str, int]
     exact: Mapping[str, int] = field(default_factory=dict)
+    offloaded_bytes: int = 0
 
     @property
     def mean_exit_depth(self) -> float:
@@ -55,11 +57,15 @@ class Stats:
         drafted = self.exact.get("drafted", 0)
         return self.exact["accepted"] / drafted if drafted else float("nan")
 
+    @property
+    def _offloaded(self) -> str:
+        return f"; offloaded {self.offloaded_bytes / 1e6:.0f} MB" if self.offloaded_bytes else ""
+
     def __str__(self) -> str:
         lines = [
             f"{self.river_layers} of {self.layers} decoder layers have a river twin; {self.graphs} graphs, "
             f"{self.artifacts} compiled pieces, {self.compile_seconds:.1f} s",
-            f"backbone {self.backbone_bytes / 1e6:.0f} MB, river {self.river_bytes / 1e6:.0f} MB",
+            f"backbone {self.backbone_bytes / 1e6:.0f} MB, river {self.river_bytes / 1e6:.0f} MB{self._offloaded}",
             f"mean exit depth {self.mean_exit_depth:.2f} in {sum(self.decode_depths.values())} decode passes",
         ]
         if self.exact:

@@ -5,9 +5,11 @@ One artifact serves every layer of the same form (regional compilation), and the
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +21,8 @@ from torch import fx
 from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.freshness import samples, traces
 from river_compile.exporters.torch.graphs import Pass, Program, Recordings
+from river_compile.exporters.torch.offload import check, let_go, offload
+from river_compile.exporters.torch.paging import Paged
 from river_compile.exporters.torch.recorder import Recorder
 from river_compile.exporters.torch.state import GraphFacts, State
 from river_compile.exporters.torch.weights import Quantized
@@ -89,24 +93,29 @@ def _key(symbol: Any, names: dict[Any, Any]) -> Any:
 
 @dataclass
 class _Call:
-    """A compiled piece in its place: where its operands are and where its results go in the list of all values."""
+    """A compiled piece in its place: where its operands are and where its results go in the list of all values;
+    ``weights`` are the places of the parameters among its operands."""
 
     run: Callable[..., Any]
     operands: Callable[[list[Any]], tuple[Any, ...]]
     results: tuple[int, ...]
+    weights: tuple[int, ...] = ()
+
+    def __call__(self, values: list[Any]) -> None:
+        for place, result in zip(self.results, self.run(*self.operands(values)), strict=True):
+            values[place] = result
 
 
 @dataclass
 class _Segment:
     """Calls one after the other, and the places of what others read of theirs."""
 
-    calls: tuple[_Call, ...]
+    calls: tuple[Callable[[list[Any]], None], ...]
     results: tuple[int, ...]
 
     def __call__(self, values: list[Any]) -> None:
         for call in self.calls:
-            for place, result in zip(call.results, call.run(*call.operands(values)), strict=True):
-                values[place] = result
+            call(values)
 
 
 @dataclass
@@ -133,6 +142,8 @@ class _Served:
     samples: Sequence[torch.Tensor]
     sample_of: Sequence[Sequence[torch.Tensor]]
     operands: tuple[tuple[int, torch.Tensor], ...]
+    program: Program
+    paged: Paged
     recordings: Recordings | None
     recorded_river: int = 0
 
@@ -146,7 +157,8 @@ class Dispatcher:
     It serves every model of its form, each with a `State` and a river of its own; passes may run in several threads at
     once. Each pass looks for traces of a change of the weights that the river stands for. The first decode pass after a
     prompt compares samples of all of them; on a CPU every `LOOKS`-th compares those of one, in turn. If there was a
-    change, the river is quantized anew before it runs.
+    change, the river is quantized anew before it runs. Of offloaded weights the samples are those that the last pass
+    over several tokens noted where it ran their layers: to look at them is to read them from the disk.
 
     Args:
         state_of: the state of the model that has these weights, those of the decoder layers in order.
@@ -167,6 +179,7 @@ class Dispatcher:
         recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         self._weights, self._points = weights, frozenset(points)
+        self._parameters = graph.weights
         self._state_of, self._recorder = state_of, recorder
         self._places: dict[str, int] = {}
         inputs = graph.placeholders
@@ -198,12 +211,14 @@ class Dispatcher:
         river = (places for _, places in self._products.values())
         self._river_weights = tuple(dict.fromkeys(place for places in river for place in places))
         self._weights_of = _getter(self._river_weights)
+        layers = [call for layer in self._layers for call in (layer.backbone, layer.river) if call is not None]
+        calls = [*prefix, *layers, *suffix, *(exit_suffix if plan.exit_suffix else ())]
+        self._only_backbones = _read_once(self._layers, calls)
         self._served: dict[int, _Served] = {}
         self._recordings: MutableMapping[State, Recordings | None] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         self._turn = count()
-        layers = (call for layer in self._layers for call in (layer.backbone, layer.river) if call is not None)
-        facts.artifacts = frozenset(id(call.run) for call in (*prefix, *layers, *suffix, *exit_suffix))
+        facts.artifacts = frozenset(id(call.run) for call in calls)
         self._facts = facts
 
     def __call__(self, *arguments: Any) -> Any:
@@ -213,8 +228,9 @@ class Dispatcher:
             values[place] = constant
         for place, operand in served.operands:
             values[place] = operand
+        served.paged.check()
         recordings = served.recordings
-        this = Pass(self._program, values) if recordings is None else recordings.begin(values, served.recorded_river)
+        this = Pass(served.program, values) if recordings is None else recordings.begin(values, served.recorded_river)
         try:
             depth = self._run(this, served.state)
         finally:
@@ -266,10 +282,11 @@ class Dispatcher:
         """Whether samples of the weights are what they were: of all if that is due, else of one in turn."""
         if not weights:
             return True
+        weights = served.paged.in_memory(weights)
         if served.state.unverified:
             served.state.unverified = False
-            return all(map(torch.equal, samples(weights), served.samples))
-        if self._device.type != "cpu":
+            return served.paged.is_unchanged() and all(map(torch.equal, samples(weights), served.samples))
+        if self._device.type != "cpu" or not weights:
             # Reading them would wait for the device.
             return True
         passes = next(self._turn)
@@ -283,7 +300,9 @@ class Dispatcher:
     ) -> _Served:
         """Serve a model that is new here, or whose weights were changed: quantize what they are now."""
         with self._lock:
-            state = before.state if before is not None else self._state_of([arguments[i] for i in self._members])
+            members = [arguments[i] for i in self._members]
+            check(members)
+            state = before.state if before is not None else self._state_of(members)
             if state not in self._recordings:
                 state.serve(self._facts)
                 recorded = self._recorder is not None and self.is_decode
@@ -294,6 +313,13 @@ class Dispatcher:
                 recordings.forget_tails()
             store = self._weights.store
             store.renew(weights)
+            self._offload(state, weights, arguments)
+            chains = [
+                [layer.backbone for layer in self._layers],
+                [layer.river or layer.backbone for layer in self._layers],
+            ]
+            paged = Paged(chains, arguments, weights, notes=not self.is_decode)
+            in_memory = paged.in_memory(weights)
             forget = _forgetter(self._served, id(key))
             served = _Served(
                 state,
@@ -301,14 +327,32 @@ class Dispatcher:
                 tuple(weakref.ref(weight, forget) for weight in weights),
                 store.epoch,
                 traces(weights),
-                samples(weights),
-                [samples([weight]) for weight in weights],
+                samples(in_memory),
+                [samples([weight]) for weight in in_memory],
                 tuple(self._operands(arguments)),
-                recordings,
+                self._paging(paged) if paged else self._program,
+                paged,
+                None if paged else recordings,
                 0 if recordings is None else recordings.river,
             )
             self._served[id(key)] = served
+            # Whatever was read of them, to look or to quantize.
+            let_go(members)
             return served
+
+    def _offload(self, state: State, weights: Sequence[torch.Tensor], arguments: Sequence[Any]) -> None:
+        """Move into a file what only the backbones of deep layers read, if the model's config says so."""
+        layers = [[arguments[i] for i in places] for places in self._only_backbones]
+        sizes = [sum(arguments[i].nbytes for i in layer.backbone.weights) for layer in self._layers]
+        if weights and offload(state.config, layers, sizes, state.notes):
+            self._weights.store.moved(weights)
+
+    def _paging(self, paged: Paged) -> Program:
+        heads, tails = (
+            [_Segment(paged.calls(one.calls), one.results) for one in segments if isinstance(one, _Segment)]
+            for segments in (self._program.heads, self._program.tails)
+        )
+        return dataclasses.replace(self._program, heads=heads, tails=tails)
 
     def _operands(self, arguments: Sequence[Any]) -> Iterator[tuple[int, torch.Tensor]]:
         """The river's operands and their places, for the weights among the arguments."""
@@ -345,7 +389,8 @@ class Dispatcher:
     def _call(self, piece: Piece, artifacts: Artifacts) -> _Call:
         operands = [self._place(name) for name in piece.inputs]
         results = tuple(self._place(name) for name in piece.outputs)
-        return _Call(artifacts.compile(piece), _getter(operands), results)
+        weights = tuple(self._place(name) for name in piece.inputs if name in self._parameters)
+        return _Call(artifacts.compile(piece), _getter(operands), results, weights)
 
     def _layer(self, piece: Piece, twin: Twin | None, index: int, artifacts: Artifacts) -> _Layer:
         name = similarity_name(index)
@@ -362,6 +407,13 @@ class Dispatcher:
         for names, product in products.items():
             parameters = tuple(self._places[linear.weight] for linear in product.linears)
             self._products[tuple(self._places[name] for name in names)] = (product, parameters)
+
+
+def _read_once(layers: Sequence[_Layer], calls: Sequence[_Call]) -> list[list[int]]:
+    """For each layer with a twin the places of the weights that nothing but its backbone reads."""
+    read = Counter(place for call in calls for place in set(call.weights))
+    own = ((layer.backbone.weights if layer.river else ()) for layer in layers)
+    return [[place for place in places if read[place] == 1] for places in own]
 
 
 def _forgetter(served: dict[int, _Served], key: int) -> Callable[[Any], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.exporters.torch.freshness import samples, versions
 from river_compile.exporters.torch.linear import Lowering
+from river_compile.exporters.torch.offload import let_go
 from river_compile.exporters.torch.tuning import Tuned
 from river_compile.passes.fx.grow_river import Product
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight, Quantizer
@@ -83,6 +84,19 @@ class Store:
                         del entries[key]
                         self.epoch += 1
 
+    def moved(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Go on with what was made of parameters that lie elsewhere now, their numbers unchanged.
+
+        Requires: `renew`, before they were moved.
+        """
+        with self._lock:
+            for parameter in parameters:
+                entries = self._held.get(parameter, {})
+                for key, entry in list(entries.items()):
+                    if entry.others is not None:
+                        entries[key] = replace(entry, state=_state([parameter, *entry.others]))
+            self.epoch += 1
+
     def forget(self, parameters: Iterable[torch.Tensor]) -> None:
         """Forget all that was made of some parameters."""
         with self._lock:
@@ -135,6 +149,7 @@ def _quantize(
         weight = parameter.detach().to("cpu", torch.float32)
         matrix = weight.T if linear.transposed else weight
         parts.append(chosen.quantize(matrix.contiguous().numpy(), product.bits, product.group_size))
+        let_go([parameter])
     first = parameters[0]
     return lowering.pack(QuantizedWeight.side_by_side(parts), first.dtype, first.device)
 
