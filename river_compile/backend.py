@@ -411,7 +411,8 @@ def refresh(model: torch.nn.Module) -> None:
     that autograd counts, another address (``load_state_dict``, optimizers, ``p.data = x``). Writes through ``.data``,
     by fused optimizers and by what merges adapters leave none: they are seen by samples of every weight, at the first
     decode pass after a prompt and, on a CPU, of one weight in turn at every eighth pass. Call this after such a write
-    in the middle of a generation, or after one that changes few numbers of a weight.
+    in the middle of a generation, or after one that changes few numbers of a weight. Samples of offloaded weights are
+    those that the last prompt noted where it ran their layers: after a prompt that left the backbone before, call this.
 
     Weights that were tuned count as changed: call `tune` again, after this.
 

@@ -16,6 +16,7 @@ from river_compile.exporters.onnx.signature import Signature, read_graph
 from river_compile.runtime.cutting import CacheForm, Cutter
 from river_compile.runtime.decoder import Decoder
 from river_compile.runtime.joining import Joiner
+from river_compile.runtime.offloading import DeepWeights
 from river_compile.runtime.protocol import State
 
 __all__ = ["DEVICES", "OnnxDecoder"]
@@ -37,18 +38,28 @@ class OnnxDecoder(Decoder):
         path: an exported river model, or the plain model it was made from.
         device: "cpu" or "cuda".
         threads: threads within an operator; the runtime's own choice if None.
+        offload_after: the weights of backbone layers from this one on stay in the model's file of weights, and are in
+            memory only while a pass runs so deep; None: all are loaded.
 
     Raises:
         MissingExtra: onnxruntime (or its CUDA build) is not installed.
+        ConfigError: ``offload_after`` is not for a CPU, or the model has no river, or no file of weights beside it.
         InputError: the file cannot be loaded, is no decoder with a KV cache, or has an input that is not understood.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        offload_after: int | None = None,
+    ) -> None:
         self._ort = _onnxruntime(device)
         self.device = device
         self.path, self.threads = Path(path), threads
         if not self.path.is_file():
             raise InputError(f"{path}: no such file")
+        self._deep = self._offloaded(offload_after)
         self.session = self._load(reuse=True)
         try:
             self.signature = Signature.of(self.session, partial(read_graph, self.path), self.path.parent)
@@ -58,6 +69,11 @@ class OnnxDecoder(Decoder):
         self._overridable = {value.name for value in self.session.get_overridable_initializers()}
         self.has_offsets = _TAU_OFFSETS in self._overridable
         self.fixed_batch = self.signature.batch is not None
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of weights that are in memory only while a pass runs their layers."""
+        return 0 if self._deep is None else self._deep.nbytes
 
     @property
     def has_river(self) -> bool:
@@ -200,10 +216,14 @@ class OnnxDecoder(Decoder):
                 feeds[name] = self._on_cpu(np.array(setting, kind))
         if last_only and _LOGITS_FROM in self._overridable:
             feeds[_LOGITS_FROM] = self._on_cpu(np.array([-1]))
+        if self._deep is not None:
+            self._deep.check()
         outputs = self._run(feeds | state.caches)
         state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
         state.read(ids, mask)
         depth = outputs[_EXIT_DEPTH].numpy().item() if _EXIT_DEPTH in outputs else None
+        if self._deep is not None:
+            self._deep.passed(depth)
         logits = outputs[self.signature.logits].numpy().astype(np.float32, copy=False)
         return logits.reshape(len(ids), -1, logits.shape[-1]), depth
 
@@ -268,17 +288,32 @@ class OnnxDecoder(Decoder):
             moved[place, filling : filling + last - first] = moved[place, first:last].copy()
         return self._on_device(np.ascontiguousarray(np.moveaxis(moved, 1, axis)))
 
+    def _offloaded(self, after: int | None) -> DeepWeights | None:
+        if after is None:
+            return None
+        if self.device != "cpu":
+            raise ConfigError("offload_after", "weights are offloaded on a CPU only")
+        return DeepWeights(self.path, after)
+
     def _load(self, *, reuse: bool) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_reuse = reuse
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        model: str | bytes = str(self.path)
+        if self._deep is not None:
+            self._deep.give(options)
+            model = self._deep.model
         try:
-            return self._ort.InferenceSession(str(self.path), options, providers=[DEVICES[self.device]])
+            session = self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path}: ONNX Runtime cannot load it: {reason}") from error
+        if self._deep is not None:
+            # It looks at every weight.
+            self._deep.drop()
+        return session
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
         run = self._run_direct if self.device == "cpu" else self._run_bound

@@ -1,0 +1,262 @@
+"""Deep backbone layers in a mapped file: the same tokens, and their memory only while they run."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import river_compile
+from river_compile import RiverBackend, RiverConfig
+from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.torch import offload
+from river_compile.exporters.torch.linear import Dequantized
+from tests.families import random_model
+from tests.mapped_memory import only_where_told, resident
+from tests.torch_models import as_it_is, play, prompt
+
+LAYERS, STAY = 4, 1
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+def quick(model: Any, **options: Any) -> Any:
+    config = RiverConfig(**{"offload_after": STAY, **options})
+    return torch.compile(model, backend=RiverBackend(config, lowering=Dequantized(), compiler=as_it_is))
+
+
+def decoded(model: Any, compiled: Any, cache: str = "static") -> list[torch.Tensor]:
+    return play(model, compiled, prompt(1, 5), 3, cache)
+
+
+def deep(model: Any) -> list[torch.nn.Parameter]:
+    """The weights of products in the layers that do not stay."""
+    return [p for layer in model.model.layers[STAY:] for p in layer.parameters() if p.dim() == 2]
+
+
+def file_of(model: Any) -> offload.WeightsFile:
+    extent = offload.find(deep(model)[0])
+    assert extent is not None
+    return extent.file
+
+
+def offloaded(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if offload.find(parameter) is not None}
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_every_depth_and_every_exit_computes_the_same(cache: str) -> None:
+    plain, model = random_model("llama"), random_model("llama")
+    here, there = quick(plain, offload_after=None), quick(model)
+    for tau, depth in [(2.0, None), (0.9, None), (0.0, None), (2.0, 0), (2.0, 2)]:
+        for compiled in (here, there):
+            river_compile.set_tau(compiled, tau)
+            river_compile.set_max_depth(compiled, depth)
+        assert all(map(torch.equal, decoded(model, there, cache), decoded(plain, here, cache)))
+    assert river_compile.stats(here).decode_depths == river_compile.stats(there).decode_depths
+    assert len(river_compile.stats(there).decode_depths) >= 3
+    assert river_compile.stats(here).graphs == river_compile.stats(there).graphs
+    assert river_compile.stats(here).offloaded_bytes == 0
+    assert river_compile.stats(there).offloaded_bytes == sum(weight.nbytes for weight in deep(model))
+
+
+def test_what_the_river_reads_stays_in_memory() -> None:
+    """Norms, the head and the embedding that it shares, and a layer that has no twin."""
+    model = random_model("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    decoded(model, quick(model, keep_layers=(2,)))
+    assert {name.split(".")[2] for name in offloaded(model)} == {"1", "3"}
+    assert all(name.endswith("_proj.weight") for name in offloaded(model))
+
+
+def test_as_many_layers_stay_as_the_memory_given_holds() -> None:
+    model = random_model("llama")
+    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    decoded(model, quick(model, offload_after=None, offload_memory=2 * layer + 100))
+    assert {name.split(".")[2] for name in offloaded(model)} == {"2", "3"}
+
+
+@only_where_told
+def test_the_memory_of_deep_layers_goes_when_they_have_run() -> None:
+    model = random_model("llama")
+    compiled = quick(model, tau=2.0)
+    decoded(model, compiled)
+    address = file_of(model).address
+    assert resident(address) == 0
+    # Whoever reads a weight has it in memory, until a pass has run its layer.
+    for weight in deep(model):
+        weight.sum()
+    assert resident(address) >= sum(weight.nbytes for weight in deep(model))
+    decoded(model, compiled)
+    assert resident(address) == 0
+
+
+@only_where_told
+def test_a_pass_has_one_offloaded_layer_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama", 6)
+    compiled = quick(model, tau=2.0)
+    decoded(model, compiled)
+    address, most = file_of(model).address, []
+    drop = offload.Extent.drop
+
+    def looking(extent: offload.Extent) -> None:
+        most.append(resident(address))
+        drop(extent)
+
+    monkeypatch.setattr(offload.Extent, "drop", looking)
+    monkeypatch.setattr(offload.Extent, "prefetch", lambda extent: None)
+    decoded(model, compiled)
+    layer = sum(weight.nbytes for weight in model.model.layers[1].parameters())
+    assert len(most) == 4 * 5
+    assert 0 < max(most) < 2 * layer
+
+
+def write_with_a_trace(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(value)
+
+
+def write_without(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
+    weight.data.copy_(value)
+
+
+@pytest.mark.parametrize("write", [write_with_a_trace, write_without])
+@pytest.mark.parametrize("depth", [0, None])
+def test_a_change_outlasts_its_memory_and_reaches_backbone_and_river(write: Callable[..., None], depth: Any) -> None:
+    model, other = random_model("llama"), random_model("llama", seed=5)
+    compiled = quick(model, prefill="backbone")
+    decoded(model, compiled)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        write(mine, theirs)
+    offload.let_go(model.parameters())
+    river_compile.set_max_depth(compiled, depth)
+    found = decoded(model, compiled)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert len(offloaded(model)) == len(deep(model))
+    judge = quick(other, prefill="backbone", offload_after=None, max_depth=depth)
+    assert all(map(torch.equal, found, decoded(other, judge)))
+
+
+def test_refresh_reaches_a_change_that_spares_every_sample() -> None:
+    model = random_model("llama")
+    compiled = quick(model, max_depth=0)
+    decoded(model, compiled)
+    before = decoded(model, compiled)
+    model.model.layers[2].mlp.up_proj.weight.data[0, 1:4] += 9.0
+    river_compile.refresh(compiled)
+    found = decoded(model, compiled)
+    judge = quick(copy.deepcopy(model), max_depth=0, offload_after=None)
+    assert all(map(torch.equal, found, decoded(model, judge)))
+    assert not any(map(torch.equal, found[1:], before[1:]))
+
+
+def test_exchanged_weights_are_offloaded_again() -> None:
+    model, other = random_model("llama"), random_model("llama", seed=5)
+    compiled = quick(model, max_depth=0)
+    decoded(model, compiled)
+    model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    assert not offloaded(model)
+    found = decoded(model, compiled)
+    assert len(offloaded(model)) == len(deep(model))
+    assert all(map(torch.equal, found, decoded(other, quick(other, max_depth=0, offload_after=None))))
+
+
+def test_every_model_that_a_graph_serves_is_offloaded() -> None:
+    one, two = random_model("llama"), random_model("llama", seed=5)
+    backend = RiverBackend(RiverConfig(offload_after=STAY), lowering=Dequantized(), compiler=as_it_is)
+    for model in (one, two):
+        decoded(model, torch.compile(model, backend=backend))
+    assert len(offloaded(one)) == len(offloaded(two)) == len(deep(one))
+    assert file_of(one) is not file_of(two)
+
+
+def test_what_is_done_with_parameters_goes_on(tmp_path: Path) -> None:
+    model, plain = random_model("llama"), random_model("llama")
+    decoded(model, quick(model))
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path)
+    copied = copy.deepcopy(model)
+    assert not offloaded(copied)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for state in (saved.state_dict(), copied.state_dict(), torch.load(tmp_path / "state.pt"), model.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    copied.model.layers[2].mlp.up_proj.weight.data.zero_()
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, plain.model.layers[2].mlp.up_proj.weight)
+    other = random_model("llama", seed=5)
+    model.load_state_dict(other.state_dict())
+    assert len(offloaded(model)) == len(deep(model))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_exact_tokens_are_the_models_own() -> None:
+    model = random_model("llama")
+    expected = model.generate(prompt(1, 5), **GREEDY)
+    compiled = quick(model, exact=True)
+    assert torch.equal(compiled.generate(prompt(1, 5), **GREEDY), expected)
+    assert river_compile.stats(compiled).exact["drafted"] > 0
+    assert len(offloaded(model)) == len(deep(model))
+
+
+def descriptor_of(file: offload.WeightsFile) -> int:
+    """A descriptor of the file, which has no name."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found, link = os.fstat(int(name)), os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if found.st_size == len(file) and link.endswith("(deleted)"):
+            return int(name)
+    raise AssertionError("no descriptor has the file open")
+
+
+@only_where_told
+def test_a_file_that_was_cut_is_an_error_before_the_pass() -> None:
+    model = random_model("llama")
+    compiled = quick(model)
+    decoded(model, compiled)
+    os.ftruncate(descriptor_of(file_of(model)), 4096)
+    for _ in range(2):
+        with pytest.raises(InputError, match="was cut to 4096 of its"):
+            decoded(model, compiled)
+    torch.compiler.reset()
+    with pytest.raises(InputError, match="was cut to 4096 of its"):
+        decoded(model, quick(model, strict=True))
+
+
+def test_no_file_is_left_behind(tmp_path: Path) -> None:
+    model = random_model("llama")
+    decoded(model, quick(model, offload_folder=tmp_path))
+    assert offloaded(model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload_after": -1}, "offload_after: must be a whole number"),
+        ({"offload_after": 2, "offload_memory": 10}, "offload_memory: offload_after says how many layers stay"),
+        ({"offload_after": 2, "offload_folder": "missing/folder"}, "offload_folder: missing/folder: No such file"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(options: dict[str, Any], message: str) -> None:
+    model = random_model("llama")
+    with pytest.raises(ConfigError, match=message):
+        decoded(model, quick(model, **options))
+    assert not offloaded(model)
+
+
+def test_a_folder_in_memory_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(offload, "is_in_memory", lambda folder: folder == tmp_path)
+    model = random_model("llama")
+    compiled = quick(model, offload_folder=tmp_path)
+    decoded(model, compiled)
+    assert "offloading saves nothing" in str(river_compile.stats(compiled))
