@@ -26,6 +26,7 @@ from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
 from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
 from river_compile.exporters.torch.linear import Lowering, lowering_for
+from river_compile.exporters.torch.ranks import Ranks, Spread, ranks_of
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.remembered import Remembered
 from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module, forced_exits
@@ -36,6 +37,7 @@ from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.graph import FxGraph, import_graph, value_of
 from river_compile.passes.fx.grow_river import River, grow_river
 from river_compile.passes.fx.insert_exits import insert_exits
+from river_compile.passes.fx.localize_weights import localize_weights
 from river_compile.passes.fx.share_head import share_head
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
@@ -116,24 +118,34 @@ class RiverBackend(State):
         A user's mistake becomes a function that raises it, as Dynamo would wrap an error raised here.
         """
         started = time.perf_counter()
+        dispatcher, ranks, problem = None, None, None
         try:
-            return self._with_river(module, inputs, started)
-        except ConfigError as error:
-            return _raising(error)
+            ranks = ranks_of(module, inputs)
+            dispatcher = self._with_river(module, inputs, ranks, started)
         except RiverError as error:
-            return self._fall_back(module, inputs, error)
+            problem = error
         except seam.dynamo_error():
             # How Dynamo starts its analysis anew.
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            return self._fall_back(module, inputs, InputError(f"the passes failed with {reason}"))
+            problem = InputError(f"the passes failed with {reason}")
+        if ranks is not None:
+            problem = ranks.agree(problem, dispatcher and dispatcher.decisions)
+        if isinstance(problem, ConfigError):
+            return _raising(problem)
+        return dispatcher if problem is None else self._fall_back(module, inputs, problem)
 
     def stats(self) -> Stats:
         """What was compiled and done until now."""
         return _stats([self])
 
-    def _with_river(self, module: fx.GraphModule, inputs: Sequence[Any], started: float) -> Compiled:
+    def _with_river(
+        self, module: fx.GraphModule, inputs: Sequence[Any], ranks: Ranks | None, started: float
+    ) -> Dispatcher:
+        spread = None
+        if ranks is not None:
+            module, inputs, spread = _localized(module, inputs, ranks)
         graph, parameters = self._import(module, inputs)
         anatomy = find_layers(graph)
         verify(graph, anatomy, ["find_layers"])
@@ -155,17 +167,18 @@ class RiverBackend(State):
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
         share_head(graph, plan, self._head_config, weights)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits", "share_head"], grown, plan)
-        self._lower(plan, parameters, device, rows)
+        shards = {name: seam.shard_of(parameter) for name, parameter in parameters.items()}
+        self._lower(plan, shards, device, rows)
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._dumped)
             self._dumped += 1
         notes = [*grown.notes]
-        recorder = self._recorder_for(device, notes)
+        recorder = self._recorder_for(device, notes, spread)
         quantized_names = {linear.weight for linear in grown.linears if linear.bits is not None}
         places = (place for place, node in enumerate(graph.placeholders) if node.name in quantized_names)
-        facts = GraphFacts(len(anatomy.layers), len(grown.twins), tuple(places), tuple(notes), self)
+        facts = GraphFacts(len(anatomy.layers), len(grown.twins), tuple(places), tuple(notes), self, ranks)
         dispatcher = Dispatcher(
-            graph, anatomy, plan, points, quantized, self._state_of, facts, self._artifacts, recorder
+            graph, anatomy, plan, points, quantized, self._state_of, facts, self._artifacts, recorder, spread
         )
         facts.seconds = time.perf_counter() - started
         return dispatcher
@@ -223,8 +236,13 @@ class RiverBackend(State):
             return isinstance(rows, int) and rows <= lowering.max_rows
         return self.config.prefill == "river"
 
-    def _recorder_for(self, device: torch.device, notes: list[str]) -> Callable[[], Recorder] | None:
+    def _recorder_for(
+        self, device: torch.device, notes: list[str], spread: Spread | None
+    ) -> Callable[[], Recorder] | None:
         if not self.config.cuda_graphs:
+            return None
+        if spread is not None:
+            notes.append("cuda_graphs has no effect on a model that is spread over processes")
             return None
         make = self._recorder
         if make is not None:
@@ -247,6 +265,16 @@ class RiverBackend(State):
             warnings.warn(f"no exit river, compiled by plain Inductor: {why}", stacklevel=2)
         state.fallbacks[why] += 1
         return compiled
+
+
+def _localized(
+    module: fx.GraphModule, inputs: Sequence[Any], ranks: Ranks
+) -> tuple[fx.GraphModule, Sequence[Any], Spread]:
+    """The graph of a model that is spread over processes, and its inputs, by the shards that this one holds."""
+    local = localize_weights(module, inputs)
+    if local is None:
+        return module, inputs, Spread(ranks)
+    return local.module, [inputs[place] for place in local.order], Spread(ranks, local.order, local.shards)
 
 
 def _raising(error: RiverError) -> Compiled:
@@ -451,8 +479,8 @@ def _stats(states: Sequence[State]) -> Stats:
         graphs=sum(state.graphs for state in states),
         artifacts=len(set().union(*(state.artifacts for state in states))),
         compile_seconds=sum(state.seconds for state in states),
-        backbone_bytes=sum(parameter.nbytes for parameter in parameters),
-        replaced_bytes=sum(parameter.nbytes for parameter in replaced),
+        backbone_bytes=sum(seam.shard_of(parameter).nbytes for parameter in parameters),
+        replaced_bytes=sum(seam.shard_of(parameter).nbytes for parameter in replaced),
         river_bytes=states[-1].store.nbytes(list(parameters.keys())),
         notes=tuple(notes),
         fallbacks=dict(fallbacks),

@@ -80,11 +80,15 @@ def exported_layers(family: str) -> int:
     return LAYERS if family in CLOSELY_EXPORTED else 2
 
 
-def random_model(family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A random model in eval mode. Weights are twice the usual size and norms off 1, so that layers really differ."""
+def random_model(
+    family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
+    """A random model in eval mode, with ``changes`` of its config. Weights are twice the usual size and norms off 1, so that layers really differ."""
     torch.manual_seed(seed)
     config = FAMILIES[family](layers)
     config.vocab_size = VOCABULARY
+    for name, value in changes.items():
+        setattr(config, name, value)
     model = hf.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

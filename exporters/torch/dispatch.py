@@ -23,6 +23,7 @@ from river_compile.exporters.torch.freshness import samples, traces
 from river_compile.exporters.torch.graphs import Pass, Program, Recordings
 from river_compile.exporters.torch.offload import check, let_go, offload
 from river_compile.exporters.torch.paging import Paged
+from river_compile.exporters.torch.ranks import Spread
 from river_compile.exporters.torch.recorder import Recorder
 from river_compile.exporters.torch.state import GraphFacts, State
 from river_compile.exporters.torch.weights import Quantized
@@ -164,6 +165,7 @@ class Dispatcher:
         state_of: the state of the model that has these weights, those of the decoder layers in order.
         facts: what is told to each model's state; completed here.
         recorder: makes what records decode passes; None: nothing is recorded.
+        spread: of a model that is spread over processes: they leave the backbone together.
     """
 
     def __init__(
@@ -177,15 +179,18 @@ class Dispatcher:
         facts: GraphFacts,
         artifacts: Artifacts,
         recorder: Callable[[], Recorder] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self._weights, self._points = weights, frozenset(points)
         self._parameters = graph.weights
         self._state_of, self._recorder = state_of, recorder
+        self._spread, self._ranks = spread, None if spread is None else spread.ranks
         self._places: dict[str, int] = {}
         inputs = graph.placeholders
         for node in inputs:
             self._place(node.name)
         self._inputs = len(inputs)
+        self._shards = tuple(self._places[name] for name in (spread.shards if spread is not None else ()))
         self._constants = [
             (self._place(node.name), _constant(graph.module, node))
             for node in graph.module.graph.nodes
@@ -221,9 +226,24 @@ class Dispatcher:
         facts.artifacts = frozenset(id(call.run) for call in calls)
         self._facts = facts
 
+    @property
+    def decisions(self) -> tuple[Any, ...]:
+        """Where a pass may leave the backbone, and on which layers it goes on there all the same."""
+        return self.is_decode, *((layer.river is None, layer.similarity is None) for layer in self._layers)
+
     def __call__(self, *arguments: Any) -> Any:
+        if self._spread is None:
+            return self._pass(arguments)
+        try:
+            return self._pass(self._spread.arguments(arguments))
+        except Exception as error:
+            raise self._spread.ranks.failure(error) from error
+
+    def _pass(self, arguments: Sequence[Any]) -> Any:
         served = self._serve(arguments)
         values = [*arguments, *self._blank]
+        for place in self._shards:
+            values[place] = seam.shard_of(arguments[place])
         for place, constant in self._constants:
             values[place] = constant
         for place, operand in served.operands:
@@ -243,6 +263,8 @@ class Dispatcher:
     def _run(self, this: Pass, state: State) -> int:
         """Run the graph; after how many layers it went on in the river."""
         tau, limit, offsets = state.exits()
+        if self._ranks is not None:
+            tau, limit, offsets = self._ranks.exits(len(self._layers), tau, limit, offsets)
         limit = len(self._layers) if limit is None else min(limit, len(self._layers))
         depth = 0
         while depth < limit:
@@ -253,11 +275,18 @@ class Dispatcher:
             if (
                 depth < limit
                 and self._layers[depth - 1].similarity is not None
-                and this.similarity(depth - 1) > threshold
+                and self._similarity(this, depth - 1, threshold) > threshold
             ):
                 break
         this.tail(depth)
         return depth
+
+    def _similarity(self, this: Pass, index: int, threshold: float) -> float:
+        """The similarity of a layer; the first process's, if there are others."""
+        if self._ranks is None:
+            return this.similarity(index)
+        # Exits are off, in all of them: there is nothing to agree on.
+        return self._ranks.first([this.similarity(index)])[0] if threshold <= 1 else 0.0
 
     def _serve(self, arguments: Sequence[Any]) -> _Served:
         """The model whose weights these are, with its river as the weights are now."""

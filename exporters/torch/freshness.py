@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from river_compile.exporters.torch import seam
+
 __all__ = ["samples", "traces", "versions"]
 
 SPREAD = 64
@@ -36,7 +38,7 @@ def traces(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
 
 
 def samples(tensors: Sequence[torch.Tensor], spread: int = SPREAD) -> list[torch.Tensor]:
-    """Numbers from all over each tensor, as integers of the same bits, on the CPU."""
+    """Numbers from all over each tensor, or this process's shard of it, as integers of the same bits, on the CPU."""
     parts: dict[torch.device, list[torch.Tensor]] = {}
     with torch.no_grad():
         for tensor in tensors:
@@ -45,7 +47,7 @@ def samples(tensors: Sequence[torch.Tensor], spread: int = SPREAD) -> list[torch
 
 
 def _spread(tensor: torch.Tensor, spread: int) -> torch.Tensor:
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    bits = seam.shard_of(tensor).detach().view(_BITS[tensor.element_size()])
     count = bits.numel()
     # Odd and a little less than even parts, so that it walks through the columns as well.
     step = max(int(count / spread * 0.97), 1) | 1

@@ -15,6 +15,7 @@ import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
+from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.tuning import Tuned
 from river_compile.passes.quantizer import QuantizedWeight
 
@@ -164,7 +165,7 @@ def _opened(folder: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
 
 def _hash(parameter: torch.Tensor) -> str:
     """Of shape, type and every byte."""
-    data = parameter.detach().cpu().contiguous()
+    data = seam.shard_of(parameter).detach().cpu().contiguous()
     digest = hashlib.sha256(repr((tuple(data.shape), str(data.dtype))).encode())
     digest.update(data.view(torch.uint8).numpy().data if data.dim() else data.reshape(1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

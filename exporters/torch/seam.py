@@ -35,10 +35,13 @@ __all__ = [
     "describe_modes",
     "describe_symbol",
     "dynamo_error",
+    "groups_of",
     "guards_since",
     "holds",
     "many_graphs",
     "module_wrapper",
+    "process_group",
+    "shard_of",
     "skip_frames",
 ]
 
@@ -73,7 +76,7 @@ def compile_piece(
     fake_mode = ambient_fake_mode()
     examples = [
         fake_mode.from_tensor(value, static_shapes=True)
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+        if isinstance(value, torch.Tensor) and not isinstance(shard_of(value), torch._subclasses.FakeTensor)
         else value
         for value in values
     ]
@@ -279,3 +282,31 @@ def guards_since() -> Iterator[list[Any]]:
 def holds(expression: Any) -> bool:
     """Whether a guard holds for the sizes at hand; if so it is added to the compilation that is under way."""
     return bool(ambient_fake_mode().shape_env.evaluate_expr(expression))
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that is spread over several; the tensor itself if it is not.
+
+    Not by ``to_local``, which makes a new tensor each time.
+    """
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def groups_of(value: Any) -> list[str]:
+    """The names of the groups of processes over which a value is spread; none if it is not a tensor that is."""
+    mesh = getattr(value, "device_mesh", None)
+    return [] if mesh is None else [group.group_name for group in mesh.get_all_groups()]
+
+
+def process_group(name: str) -> Any:
+    """The group of processes that a collective in a graph names.
+
+    Raises:
+        UnsupportedTorch: it cannot be looked up here.
+    """
+    from torch.distributed import distributed_c10d
+
+    resolve = getattr(distributed_c10d, "_resolve_process_group", None)
+    if resolve is None:
+        raise UnsupportedTorch("torch.distributed.distributed_c10d._resolve_process_group")
+    return resolve(name)

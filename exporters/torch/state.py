@@ -20,6 +20,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.config import NEVER, RiverConfig
+from river_compile.exporters.torch.ranks import Ranks
 from river_compile.exporters.torch.weights import Store
 
 __all__ = ["GraphFacts", "State", "States", "calling_module", "forced_exits"]
@@ -46,6 +47,7 @@ class GraphFacts:
         replaced: places, among the graph's inputs, of the parameters that the river has quantized.
         notes: what did not go as asked, a line each.
         compiler: what compiled the graph; it is asked for the model's other graphs too.
+        ranks: the processes over which the model is spread, if it is.
         artifacts: ids of the compiled pieces.
         seconds: spent for it; told to the first model only.
     """
@@ -55,6 +57,7 @@ class GraphFacts:
     replaced: tuple[int, ...]
     notes: tuple[str, ...]
     compiler: Any
+    ranks: Ranks | None = None
     artifacts: frozenset[int] = frozenset()
     seconds: float = field(default=0.0, compare=False)
 
@@ -67,6 +70,7 @@ class State:
         decode_depths, prefill_depths: passes by exit depth.
         unrecorded: graphs that go on without recordings, by reason.
         exact: of exact decoding: rounds, tokens drafted and accepted, near ties, milliseconds drafting and verifying.
+        ranks: the processes over which the model is spread; None if it is not, or no graph has told yet.
         unverified: whether weights may have been changed without a trace since their samples were last compared.
     """
 
@@ -79,6 +83,7 @@ class State:
         self.prefill_depths: Counter[int] = Counter()
         self.unrecorded: Counter[str] = Counter()
         self.exact: Counter[str] = Counter()
+        self.ranks: Ranks | None = None
         self.unverified = True
         self.module: weakref.ref[torch.nn.Module] | None = None
         self.parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
@@ -122,7 +127,7 @@ class State:
             self.graphs += 1
             self.notes |= dict.fromkeys(facts.notes)
             self.artifacts |= facts.artifacts
-            self.compiler = facts.compiler
+            self.compiler, self.ranks = facts.compiler, facts.ranks
             self.seconds, facts.seconds = self.seconds + facts.seconds, 0.0
 
     def note_inputs(self, inputs: Sequence[Any], replaced: Iterable[int] = ()) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.freshness import samples, versions
 from river_compile.exporters.torch.linear import Lowering
 from river_compile.exporters.torch.offload import let_go
@@ -146,7 +147,7 @@ def _quantize(
             grid = (product.bits, product.group_size)
             parts.append(tuned.find(parameter, chosen.name, linear.transposed, grid))
             continue
-        weight = parameter.detach().to("cpu", torch.float32)
+        weight = seam.shard_of(parameter).detach().to("cpu", torch.float32)
         matrix = weight.T if linear.transposed else weight
         parts.append(chosen.quantize(matrix.contiguous().numpy(), product.bits, product.group_size))
         let_go([parameter])

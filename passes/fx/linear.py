@@ -84,7 +84,8 @@ def _as_linear(node: fx.Node, known: dict[fx.Node, str], name: str) -> Linear | 
     if not isinstance(weight, fx.Node) or weight not in known or not isinstance(activation, fx.Node):
         return None
     value = value_of(weight)
-    if value.dim() != 2 or value.dtype not in _FLOATS:
+    # The product with a weight that is spread over processes is torch's own affair.
+    if value.dim() != 2 or value.dtype not in _FLOATS or hasattr(value, "device_mesh"):
         return None
     bias = node.kwargs.get("bias")
     if bias is None and of_bias is not None and len(arguments) > of_bias:
