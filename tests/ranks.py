@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import queue
 import time
 import traceback
 from collections.abc import Callable
@@ -18,12 +20,14 @@ import torch.distributed
 _PRELOADED = ["tests.torch_models", "transformers.models.llama.modeling_llama", "river_compile.backend"]
 
 
-def run_ranks(work: Callable[..., Any], *arguments: Any, folder: Path, size: int = 2, seconds: float = 120) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], *arguments: Any, folder: Path, size: int = 2, seconds: float = 900
+) -> list[Any]:
     """What ``work(rank, *arguments)`` returned in each process, or the error that it ended with, as text.
 
     Args:
         work: a function of a module; what it returns can be pickled.
-        folder: an empty one, where the processes meet.
+        folder: where the processes meet, by a file.
         seconds: after which processes that still run are ended, and the test fails.
     """
     context = multiprocessing.get_context("forkserver")
@@ -37,17 +41,21 @@ def run_ranks(work: Callable[..., Any], *arguments: Any, folder: Path, size: int
     for process in processes:
         process.start()
     found: dict[int, Any] = {}
+    end = time.monotonic() + seconds
     try:
-        end = time.monotonic() + seconds
-        while len(found) < size:
-            rank, result = results.get(timeout=max(end - time.monotonic(), 0.01))
-            found[rank] = result
-    except Exception as error:
-        raise AssertionError(f"only processes {sorted(found)} ended within {seconds} s: {found}") from error
+        while len(found) < size and time.monotonic() < end:
+            ended = not any(process.is_alive() for process in processes)
+            with contextlib.suppress(queue.Empty):
+                rank, found_there = results.get(timeout=1)
+                found[rank] = found_there
+                continue
+            if ended:
+                break
     finally:
         for process in processes:
             process.join(5)
             process.kill()
+    assert len(found) == size, f"only processes {sorted(found)} of {size} ended within {seconds} s: {found}"
     return [found[rank] for rank in range(size)]
 
 
@@ -55,7 +63,7 @@ def _run(work: Callable[..., Any], arguments: Any, rank: int, size: int, meet: P
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=timedelta(seconds=600)
     )
     try:
         result = work(rank, *arguments)

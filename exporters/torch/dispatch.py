@@ -227,9 +227,9 @@ class Dispatcher:
         self._facts = facts
 
     @property
-    def decisions(self) -> tuple[Any, ...]:
-        """Where a pass may leave the backbone, and on which layers it goes on there all the same."""
-        return self.is_decode, *((layer.river is None, layer.similarity is None) for layer in self._layers)
+    def decisions(self) -> tuple[tuple[bool, bool], ...]:
+        """Of each layer whether it has a twin, and whether a pass may leave the backbone after it."""
+        return tuple((layer.river is not None, layer.similarity is not None) for layer in self._layers)
 
     def __call__(self, *arguments: Any) -> Any:
         if self._spread is None:

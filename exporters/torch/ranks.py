@@ -8,7 +8,7 @@ process's for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,13 @@ class Ranks:
         tau, given, *told = self.first([tau, given, *(offsets or [0.0] * layers)])
         return tau, None if given == math.inf else int(given), tuple(told)
 
-    def agree(self, problem: RiverError | None, decisions: Any) -> RiverError | None:
+    def agree(self, problem: RiverError | None, decisions: tuple[tuple[bool, bool], ...] | None) -> RiverError | None:
         """What keeps one of the processes, and so all of them, from running a graph with its river.
 
         Args:
             problem: of this process.
-            decisions: where this process would decide on exits; the processes must have found the same.
+            decisions: which layers have a twin here, and after which of them a pass may leave; the processes must have
+                found the same. None if there is a problem.
         """
         field = problem.field if isinstance(problem, ConfigError) else None
         told: list[Any] = [None] * self.size
@@ -104,27 +105,32 @@ class Spread:
         return given if self.order is None else [given[place] for place in self.order]
 
 
-def ranks_of(module: fx.GraphModule, inputs: Sequence[Any]) -> Ranks | None:
-    """The processes with which a graph has collectives; None if it has none.
+def ranks_of(nodes: Iterable[fx.Node], values: Iterable[Any]) -> Ranks | None:
+    """The processes with which a graph has collectives, or over which tensors are spread; None if there are none.
+
+    Args:
+        nodes: of the graph.
+        values: its inputs, or other tensors.
 
     Raises:
         InputError: they are of several groups, so that it is not clear who must exit together.
     """
-    groups = {name for node in module.graph.nodes for name in _groups_of(node)}
-    groups |= {name for value in inputs for name in seam.groups_of(value)}
+    values = list(values)
+    groups = {name for node in nodes for name in _groups_of(node)}
+    groups |= {name for value in values for name in seam.groups_of(value)}
     if not groups:
         return None
     if len(groups) > 1:
         raise InputError(f"the model is spread over several groups of processes ({', '.join(sorted(groups))})")
-    tensors = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
-    return Ranks(seam.process_group(groups.pop()), tensors[0].device if tensors else torch.device("cpu"))
+    devices = (value.device for value in values if isinstance(value, torch.nn.Parameter))
+    return Ranks(seam.process_group(groups.pop()), next(devices, torch.device("cpu")))
 
 
 def _groups_of(node: fx.Node) -> list[str]:
     """The group that a functional collective names."""
     if node.op != "call_function" or not str(node.target).startswith(_COLLECTIVES):
         return []
-    schema: Any = getattr(node.target, "default", node.target)._schema
-    names = [argument.name for argument in schema.arguments]
+    target: Any = node.target
+    names = [argument.name for argument in getattr(target, "default", target)._schema.arguments]
     given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return [name] if isinstance(name := given.get("group_name"), str) else []

@@ -182,7 +182,10 @@ def _target(node: fx.Node, held: Mapping[str, Any]) -> str:
     if isinstance(node.target, str):
         return node.target
     target: Any = node.target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+    # What Dynamo makes on the fly has its settings in no argument.
+    settings = [cell.cell_contents for cell in getattr(target, "__closure__", None) or ()]
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"
+    return f"{name} {settings}" if settings else name
 
 
 def _text(value: Any, numbers: dict[fx.Node, str]) -> str:

@@ -7,6 +7,7 @@ sequence is bound by reading weights, so a token costs at least its bytes over t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,6 +191,7 @@ def sizes_of(model: nn.Module, described: Any, config: RiverConfig, ranks: int =
     """
     path, stack = find_stack(model)
     kept = config.kept(len(stack))
+    styles: dict[str, str] = getattr(model, "_tp_plan", None) or {}
     linears = others = river = 0.0
     for index, layer in enumerate(stack):
         weights = {id(module.weight): (name, module) for name, module in layer.named_modules() if is_linear(module)}
@@ -200,7 +202,11 @@ def sizes_of(model: nn.Module, described: Any, config: RiverConfig, ranks: int =
             name, module = weights[id(parameter)]
             linears += parameter.nbytes / ranks
             inputs = parameter.shape[1 if isinstance(module, nn.Linear) else 0]
-            bits = None if index in kept else config.bits_of(f"{path}.{index}.{name}", f"layers.{index}")
+            qualified = f"{path}.{index}.{name}"
+            if styles.get(re.sub(r"\d+", "*", qualified), "").startswith("rowwise") and inputs % ranks == 0:
+                # A group is within a rank's shard.
+                inputs //= ranks
+            bits = None if index in kept else config.bits_of(qualified, f"layers.{index}")
             river += _river_bytes(parameter, inputs, bits, config.group_size) / ranks
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
     module = model.get_output_embeddings()  # type: ignore[operator]

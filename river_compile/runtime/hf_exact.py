@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -37,10 +38,18 @@ class HfPasses(Passes):
         arguments: model arguments beside token ids, the KV cache among them.
         exits: how exits are set.
         length: tokens that will be read in all.
+        clock: tells seconds; the same to all processes over which a model is spread.
     """
 
-    def __init__(self, model: Any, arguments: Mapping[str, Any], exits: Exits, length: int) -> None:
-        self._model, self._exits = model, exits
+    def __init__(
+        self,
+        model: Any,
+        arguments: Mapping[str, Any],
+        exits: Exits,
+        length: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model, self._exits, self.clock = model, exits, clock
         self._has_river = False
         self._cache_name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), "")
         if not self._cache_name:
@@ -219,6 +228,7 @@ def generate_exactly(
     drafting: Drafting,
     streamer: Any = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Any:
     """What `GenerationMixin._sample` returns, token for token, with the river as drafter.
 
@@ -228,6 +238,7 @@ def generate_exactly(
         exits: how exits are set.
         has_river, experience: of the compiled model; asked for when its first passes have run.
         streamer: gets tokens as they are verified.
+        clock: tells seconds; the same to all processes over which a model is spread.
 
     Raises:
         ConfigError: the settings are not those of greedy decoding or sampling over a KV cache.
@@ -236,7 +247,7 @@ def generate_exactly(
     left = _left(stopping_criteria, input_ids.shape[1])
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    passes = HfPasses(model, model_arguments, exits, input_ids.shape[1] + left)
+    passes = HfPasses(model, model_arguments, exits, input_ids.shape[1] + left, clock)
     state, logits = passes.prefill(input_ids)
     choice = _Processed(
         logits_processor, stopping_criteria, bool(generation_config.do_sample), len(input_ids), input_ids.device

@@ -95,6 +95,14 @@ def test_gemma3_says_what_is_missing_and_refuses_parts_of_another_file(tmp_path:
 
 
 @pytest.mark.slow
+def test_tensor_parallel() -> None:
+    """In two processes, by Inductor."""
+    told = dict(re.findall(r"^(.+?): (\[.*\])", _run("tensor_parallel.py", "--tokens", 6), re.MULTILINE))
+    assert told["river, exits off"] == told["exact"] == told["eager"]
+    assert told["river, exit depth 0"] != told["eager"]
+
+
+@pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
     text = _run("demo.py", "--rounds", 1, "--output", tmp_path)
     for row in ("backbone (plain model)", "river, exits off", "all 4-bit", "byte limit", "top-1 agreement"):
