@@ -179,6 +179,8 @@ class RiverBackend(State):
             self._dumped += 1
         notes = [*grown.notes]
         recorder = self._recorder_for(device, notes, spread)
+        if spread is not None and self.config.offloads:
+            notes.append("offload_after has no effect on a model that is spread over processes")
         quantized_names = {linear.weight for linear in grown.linears if linear.bits is not None}
         places = (place for place, node in enumerate(graph.placeholders) if node.name in quantized_names)
         facts = GraphFacts(len(anatomy.layers), len(grown.twins), tuple(places), tuple(notes), self, ranks)

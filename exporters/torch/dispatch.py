@@ -370,7 +370,10 @@ class Dispatcher:
             return served
 
     def _offload(self, state: State, weights: Sequence[torch.Tensor], arguments: Sequence[Any]) -> None:
-        """Move into a file what only the backbones of deep layers read, if the model's config says so."""
+        """Move into a file what only the backbones of deep layers read, if the model's config says so; what is spread
+        over processes stays."""
+        if self._spread is not None:
+            return
         layers = [[arguments[i] for i in places] for places in self._only_backbones]
         sizes = [sum(arguments[i].nbytes for i in layer.backbone.weights) for layer in self._layers]
         if weights and offload(state.config, layers, sizes, state.notes):

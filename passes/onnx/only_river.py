@@ -45,8 +45,8 @@ def take_branches(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
     for node in graph:
         if node.op_type == "If" and str(node.name).startswith(_BRANCH):
             node.replace_input_with(0, condition)
-        elif node.name == CUT:
-            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        elif node.name == CUT and (whole := node.inputs[0]) is not None:
+            ir.convenience.replace_all_uses_with(node.outputs[0], whole)
             graph.remove(node, safe=True)
     optimizer.fold_constants(read, input_size_limit=0)
     # Branches that were not taken still count as readers of what they read, until the graph is read anew.

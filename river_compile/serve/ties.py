@@ -53,13 +53,17 @@ class AloneInTies(Passes):
         mask: np.ndarray | None = None,
         tau: float | None = None,
         max_depth: int | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[np.ndarray, int | None]:
         """As the decoder's: what drafts is checked anyway."""
-        return self._decoder.forward(ids, state, mask, tau, max_depth)
+        return self._decoder.forward(ids, state, mask, tau, max_depth, last_only=last_only)
 
-    def backbone(self, ids: np.ndarray, state: State, mask: np.ndarray | None = None) -> tuple[np.ndarray, int | None]:
-        if mask is not None:
-            return self._decoder.backbone(ids, state, mask)
+    def backbone(
+        self, ids: np.ndarray, state: State, mask: np.ndarray | None = None, *, last_only: bool = False
+    ) -> tuple[np.ndarray, int | None]:
+        if mask is not None or last_only:
+            return self._decoder.backbone(ids, state, mask, last_only=last_only)
         return self.decided(self._decoder.backbone, ids, state)
 
     def decided(self, run: Pass, ids: np.ndarray, state: State) -> tuple[np.ndarray, int | None]:
