@@ -222,7 +222,7 @@ class RiverBackend(State):
         """The graph, and its parameters by name. No other input is kept: the caches would stay alive."""
         if hooked.is_hooked(calling_module()):
             raise InputError(
-                "accelerate moves this model's weights in and out (device_map, offload_folder): call "
+                "accelerate has hooks in this model (device_map, offload_folder), and no pass is one graph: call "
                 "river_compile.offload(model, after=...) before it is compiled"
             )
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]

@@ -218,6 +218,8 @@ class Dispatcher:
         self._weights_of = _getter(self._river_weights)
         layers = [call for layer in self._layers for call in (layer.backbone, layer.river) if call is not None]
         calls = [*prefix, *layers, *suffix, *(exit_suffix if plan.exit_suffix else ())]
+        river_chain = [layer.river or layer.backbone for layer in self._layers]
+        self._chains = (river_chain, [layer.backbone for layer in self._layers])
         self._only_backbones = _read_once(self._layers, calls)
         self._served: dict[int, _Served] = {}
         self._recordings: MutableMapping[State, Recordings | None] = weakref.WeakKeyDictionary()
@@ -252,7 +254,8 @@ class Dispatcher:
         recordings = served.recordings
         this = Pass(served.program, values) if recordings is None else recordings.begin(values, served.recorded_river)
         try:
-            depth = self._run(this, served.state)
+            with served.state.gate.passing():
+                depth = self._run(this, served.state)
         finally:
             this.end()
         served.state.count(depth + sum(layer.river is None for layer in self._layers[depth:]), self.is_decode)
@@ -343,11 +346,7 @@ class Dispatcher:
             store = self._weights.store
             store.renew(weights)
             self._offload(state, weights, arguments)
-            chains = [
-                [layer.backbone for layer in self._layers],
-                [layer.river or layer.backbone for layer in self._layers],
-            ]
-            paged = Paged(chains, arguments, weights, notes=not self.is_decode)
+            paged = Paged(self._chains, arguments, weights, notes=not self.is_decode)
             in_memory = paged.in_memory(weights)
             forget = _forgetter(self._served, id(key))
             served = _Served(
@@ -372,11 +371,13 @@ class Dispatcher:
     def _offload(self, state: State, weights: Sequence[torch.Tensor], arguments: Sequence[Any]) -> None:
         """Move into a file what only the backbones of deep layers read, if the model's config says so; what is spread
         over processes stays."""
-        if self._spread is not None:
+        if self._spread is not None or not weights or not state.config.offloads:
             return
         layers = [[arguments[i] for i in places] for places in self._only_backbones]
         sizes = [sum(arguments[i].nbytes for i in layer.backbone.weights) for layer in self._layers]
-        if weights and offload(state.config, layers, sizes, state.notes):
+        with state.gate.closed():
+            moved = offload(state.config, layers, sizes, state.notes)
+        if moved:
             self._weights.store.moved(weights)
 
     def _paging(self, paged: Paged) -> Program:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from river_compile.config import RiverConfig
-from river_compile.errors import InputError
-from river_compile.exporters.torch.offload import first_offloaded, move, write
+from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.torch.offload import first_offloaded, is_supported, move, write
 from river_compile.exporters.torch.stack import find_stack, is_linear
 
 __all__ = ["is_hooked", "take_over"]
@@ -73,9 +73,13 @@ def take_over(model: torch.nn.Module, config: RiverConfig) -> int:
 
     Raises:
         LayersNotFound: the model has no list of decoder layers.
-        InputError: accelerate runs the model on several devices, or what it holds cannot be read.
-        ConfigError: there is no room for the file, or its folder cannot be written.
+        InputError: the model is not on the CPU, or on several devices, or what accelerate holds cannot be read.
+        ConfigError: there is no room for the file, its folder cannot be written, or this system cannot do it.
     """
+    if not is_supported():
+        raise ConfigError("offload_after", "this operating system has no madvise")
+    if any(parameter.device.type not in ("cpu", "meta") for parameter in model.parameters()):
+        raise InputError("offloading needs the model on the CPU")
     _, stack = find_stack(model)
     sizes = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in stack]
     first = first_offloaded(config, sizes)

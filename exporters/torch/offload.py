@@ -21,10 +21,24 @@ import torch
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
 
-__all__ = ["Extent", "WeightsFile", "check", "find", "join", "let_go", "move", "offload", "write"]
+__all__ = [
+    "Extent",
+    "WeightsFile",
+    "check",
+    "find",
+    "first_offloaded",
+    "is_supported",
+    "join",
+    "let_go",
+    "move",
+    "offload",
+    "write",
+]
 
 _LINE = 64
 """Bytes that every weight begins at a multiple of."""
+_AROUND = 1 << 21
+"""The most bytes before and after what was read that the system may have mapped at once."""
 
 
 class WeightsFile(mmap.mmap):
@@ -79,15 +93,15 @@ class Extent:
 
     def prefetch(self) -> None:
         """Have them read from the disk while others compute."""
-        self._advise(mmap.MADV_WILLNEED)
+        self._advise(mmap.MADV_WILLNEED, self.start, self.stop)
 
     def drop(self) -> None:
         """Let their memory go; the next use reads them again."""
-        self._advise(mmap.MADV_DONTNEED)
+        self._advise(mmap.MADV_DONTNEED, self.start - _AROUND, self.stop + _AROUND)
 
-    def _advise(self, advice: int) -> None:
-        first = self.start // mmap.PAGESIZE * mmap.PAGESIZE
-        self.file.madvise(advice, first, self.stop - first)
+    def _advise(self, advice: int, start: int, stop: int) -> None:
+        first = max(start, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.madvise(advice, first, min(stop, len(self.file)) - first)
 
 
 def is_supported() -> bool:

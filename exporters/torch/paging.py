@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +13,7 @@ import torch
 from river_compile.exporters.torch.freshness import samples
 from river_compile.exporters.torch.offload import Extent, WeightsFile, find, join
 
-__all__ = ["Paged", "PagedCall"]
+__all__ = ["Gate", "Paged", "PagedCall"]
 
 Run = Callable[[list[Any]], None]
 """Runs a piece on the list of all values."""
@@ -57,7 +59,8 @@ class Paged:
     """What of a model lies in files, for one graph.
 
     Args:
-        chains: calls in the order in which they run, of the backbone and of the river.
+        chains: calls in the order in which they run, of the river and of the backbone. What is in both is read ahead of
+            as in the last.
         arguments: the graph's inputs.
         watched: the weights that the river was made of.
         notes: whether its passes note samples of the weights that they read.
@@ -109,3 +112,33 @@ class Paged:
     def is_unchanged(self) -> bool:
         """Whether the samples of the river's weights last noted are those of when this was made."""
         return all(torch.equal(extent.file.noted[extent.start], sample) for extent, sample in self._watched)
+
+
+class Gate:
+    """What passes in several threads go through, so that no weight is moved while one of them reads it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._passes = 0
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """A pass, which waits while weights are moved."""
+        with self._changed:
+            self._passes += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._passes -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """No pass is under way, and none begins.
+
+        Requires: this thread has none under way.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._passes == 0)
+            yield

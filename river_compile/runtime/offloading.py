@@ -1,7 +1,7 @@
 """Backbone weights of deep layers in ONNX Runtime: mapped from the model's own file, neither packed nor copied.
 
 ONNX Runtime packs weights that cannot change into memory of its own when it loads a model. A weight that is an input
-with a default can change, so it stays where it is; and where it is may be given.
+with a default can change, so it is read from where each pass is given it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class DeepWeights:
 
     Fields:
         model: the model to load in the place of the file, as bytes; its other weights lie where they lay.
+        feeds: the weights, which every pass is to be given.
         nbytes: bytes of the weights.
 
     Args:
@@ -60,19 +61,16 @@ class DeepWeights:
         for place in places.values():
             if place.location not in self._files:
                 self._files[place.location] = self._map(place.location)
-        self._values = {weight.name: self._value(weight, places[weight.name]) for weight in weights}
-        self._extents = list(_joined(places.values()))
+        self.feeds = {weight.name: self._value(weight, places[weight.name]) for weight in weights}
         self.nbytes = sum(place.length for place in places.values())
         for weight in weights:
             kind = onnx.helper.make_tensor_value_info(weight.name, weight.data_type, list(weight.dims))
             model.graph.input.append(kind)
         self.model: bytes = model.SerializeToString()
 
-    def give(self, options: Any) -> None:
-        """Have a session of these options take the weights from here."""
+    def settle(self, options: Any) -> None:
+        """Have a session of these options find the model's other weights."""
         options.add_session_config_entry(_FOLDER, str(self._path.parent.absolute()))
-        if self._values:
-            options.add_external_initializers(list(self._values), list(self._values.values()))
 
     def check(self) -> None:
         """Whether the files are whole: to read behind a file's end would kill the process.
@@ -93,8 +91,9 @@ class DeepWeights:
 
     def drop(self) -> None:
         """Let go the weights' memory; the next pass that needs them reads them from the file."""
-        for location, first, last in self._extents:
-            self._files[location].madvise(mmap.MADV_DONTNEED, first, last - first)
+        for file in self._files.values():
+            # All that is read through this mapping are these weights, and what the system maps around them.
+            file.madvise(mmap.MADV_DONTNEED)
 
     def _map(self, location: str) -> mmap.mmap:
         if not hasattr(mmap, "MADV_DONTNEED"):
@@ -155,17 +154,3 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         yield node
         for attribute in node.attribute:
             yield from _nodes(attribute.g.node)
-
-
-def _joined(places: Iterable[Place]) -> Iterator[tuple[str, int, int]]:
-    """Files, and where runs of these places begin, at a page, and end. That the first page may hold others' bytes does
-    no harm: they are read again."""
-    runs: list[list[Any]] = []
-    for place in sorted(places, key=lambda one: (one.location, one.offset)):
-        first, last = place.offset, place.offset + place.length
-        if runs and runs[-1][0] == place.location and first - runs[-1][2] < mmap.PAGESIZE:
-            runs[-1][2] = max(last, runs[-1][2])
-        else:
-            runs.append([place.location, first, last])
-    for location, first, last in runs:
-        yield location, first // mmap.PAGESIZE * mmap.PAGESIZE, last

@@ -218,6 +218,7 @@ class OnnxDecoder(Decoder):
             feeds[_LOGITS_FROM] = self._on_cpu(np.array([-1]))
         if self._deep is not None:
             self._deep.check()
+            feeds |= self._deep.feeds
         outputs = self._run(feeds | state.caches)
         state.caches = {slot.past: outputs[slot.present] for slot in self.signature.slots}
         state.read(ids, mask)
@@ -303,17 +304,13 @@ class OnnxDecoder(Decoder):
             options.intra_op_num_threads = self.threads
         model: str | bytes = str(self.path)
         if self._deep is not None:
-            self._deep.give(options)
+            self._deep.settle(options)
             model = self._deep.model
         try:
-            session = self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
+            return self._ort.InferenceSession(model, options, providers=[DEVICES[self.device]])
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{self.path}: ONNX Runtime cannot load it: {reason}") from error
-        if self._deep is not None:
-            # It looks at every weight.
-            self._deep.drop()
-        return session
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
         run = self._run_direct if self.device == "cpu" else self._run_bound
