@@ -30,7 +30,8 @@ def fresh() -> None:
 
 
 def quick(model: Any, **options: Any) -> Any:
-    config = RiverConfig(**{"offload_after": STAY, **options})
+    # Whether a later model's prompts count as short depends on those before it.
+    config = RiverConfig(**{"offload_after": STAY, "prefill": "backbone", **options})
     return torch.compile(model, backend=RiverBackend(config, lowering=Dequantized(), compiler=as_it_is))
 
 
@@ -59,7 +60,7 @@ def test_every_depth_and_every_exit_computes_the_same(cache: str) -> None:
     for after in (None, STAY):
         torch.compiler.reset()
         model = random_model("llama")
-        compiled = quick(model, offload_after=after)
+        compiled = quick(model, offload_after=after, prefill="auto")
         for tau, depth in [(2.0, None), (0.9, None), (0.0, None), (2.0, 0), (2.0, 2)]:
             river_compile.set_tau(compiled, tau)
             river_compile.set_max_depth(compiled, depth)
@@ -139,7 +140,7 @@ def write_without(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
 @pytest.mark.parametrize("depth", [0, None])
 def test_a_change_outlasts_its_memory_and_reaches_backbone_and_river(write: Callable[..., None], depth: Any) -> None:
     model, other = random_model("llama"), random_model("llama", seed=5)
-    compiled = quick(model, prefill="backbone")
+    compiled = quick(model)
     decoded(model, compiled)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         write(mine, theirs)
@@ -148,7 +149,7 @@ def test_a_change_outlasts_its_memory_and_reaches_backbone_and_river(write: Call
     found = decoded(model, compiled)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert len(offloaded(model)) == len(deep(model))
-    judge = quick(other, prefill="backbone", offload_after=None, max_depth=depth)
+    judge = quick(other, offload_after=None, max_depth=depth)
     assert all(map(torch.equal, found, decoded(other, judge)))
 
 
