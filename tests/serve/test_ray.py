@@ -125,6 +125,15 @@ async def chat(client: Any) -> Any:
     )
 
 
+def test_what_keeps_replicas_from_starting_is_told_in_our_own_line(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "river_compile", "serve", model, "--port", free_port(), "--tokenizer"]
+    command.append(save_word_tokenizer(tmp_path, eos_token=None))
+    ran = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and ran.stdout.count("serving") == 0
+    line = f"error: the replicas do not start: {model}: nothing tells how many tokens it reads: give --context"
+    assert ran.stderr.splitlines()[-1] == line
+
+
 def test_openais_client_reads_what_the_decoder_says(server: Server, model: Path) -> None:
     for fields in ({"exact": True}, {"tau": 0.99}):
         text = " " + words(expected(model, PROMPTS[0], 20, tau=fields.get("tau", 2.0)))
