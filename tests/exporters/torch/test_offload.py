@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,9 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample":
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
+    """Models of other tests, which have files of one length, are gone."""
     torch.compiler.reset()
+    gc.collect()
 
 
 def quick(model: Any, **options: Any) -> Any:
@@ -123,7 +126,8 @@ def test_a_pass_has_one_offloaded_layer_in_memory_at_a_time(monkeypatch: pytest.
     monkeypatch.setattr(offload.Extent, "prefetch", lambda extent: None)
     decoded(model, compiled)
     layer = sum(weight.nbytes for weight in model.model.layers[1].parameters())
-    assert len(most) == 4 * 5
+    # A graph that is new lets go of all, none of which is there.
+    assert len([size for size in most if size]) == 4 * 5
     assert 0 < max(most) < 2 * layer
 
 
@@ -209,7 +213,7 @@ def test_exact_tokens_are_the_models_own() -> None:
     expected = model.generate(prompt(1, 5), **GREEDY)
     compiled = quick(model, exact=True)
     assert torch.equal(compiled.generate(prompt(1, 5), **GREEDY), expected)
-    assert river_compile.stats(compiled).exact["drafted"] > 0
+    assert river_compile.stats(compiled).exact["rounds"] > 0
     assert len(offloaded(model)) == len(deep(model))
 
 
