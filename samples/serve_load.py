@@ -13,11 +13,10 @@ import argparse
 import json
 import random
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gevent
-import locust
-from locust.env import Environment
+if TYPE_CHECKING:
+    import locust
 
 WORDS = (
     "the",
@@ -40,6 +39,9 @@ FIRST, REFUSED = "first token", "refused"
 
 
 def user_class(options: argparse.Namespace) -> type[locust.HttpUser]:
+    import gevent
+    import locust
+
     headers = {} if options.api_key is None else {"authorization": f"Bearer {options.api_key}"}
 
     class Reader(locust.HttpUser):
@@ -90,6 +92,10 @@ def user_class(options: argparse.Namespace) -> type[locust.HttpUser]:
 
 def load(options: argparse.Namespace) -> dict[str, Any]:
     """Run, and what was seen; times in milliseconds."""
+    # Importing it changes sockets and threads of the whole process.
+    import gevent
+    from locust.env import Environment
+
     environment = Environment(user_classes=[user_class(options)])
     runner = environment.create_local_runner()
     runner.start(options.users, spawn_rate=options.users)
