@@ -16,7 +16,7 @@ import torch
 
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError
-from river_compile.exporters.torch.offload import first_offloaded, is_supported, move, write
+from river_compile.exporters.torch.offload import first_offloaded, give_back, is_supported, move, write
 from river_compile.exporters.torch.stack import find_stack, is_linear
 
 __all__ = ["is_hooked", "take_over"]
@@ -109,6 +109,7 @@ def _fetch(model: torch.nn.Module, deep: Sequence[Sequence[tuple[torch.nn.Module
         one.put(file.tensor(place, one.value.shape, one.value.dtype))
     if callable(tie := getattr(model, "tie_weights", None)):
         tie()
+    give_back()
     return sum(one.value.nbytes for one in filed)
 
 

@@ -5,6 +5,8 @@ A mapping is shared with its file. So what is written to a weight is the file's,
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import tempfile
@@ -27,6 +29,7 @@ __all__ = [
     "check",
     "find",
     "first_offloaded",
+    "give_back",
     "is_supported",
     "join",
     "let_go",
@@ -211,7 +214,14 @@ def move(layers: Sequence[Sequence[torch.Tensor]], folder: Path | None) -> int:
     file, places = write(((parameter.detach() for parameter in layer) for layer in wanted), folder)
     for parameter, place in zip(parameters, places, strict=True):
         parameter.data = file.tensor(place, parameter.shape, parameter.dtype)
+    give_back()
     return sum(parameter.nbytes for parameter in parameters)
+
+
+def give_back() -> None:
+    """Have the C library give back what was freed: glibc keeps blocks of up to 32 MB, which most weights are."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fits(parameter: torch.Tensor) -> bool:

@@ -133,14 +133,12 @@ def _cache_writes(graph: FxGraph, nodes: Sequence[fx.Node], hidden: frozenset[fx
     """The cache slots written by some nodes: tensors changed in place that outlive the graph, and new ones that it
     returns."""
     slots: dict[fx.Node, CacheSlot] = {}
-    results = set(graph.results)
-    returned = {root_of(node) for node in results}
     for node in nodes:
         for root in written_roots(node):
-            # What sums over processes writes its own operand.
-            outlives = root.op in ("placeholder", "get_attr") or root in returned
-            if outlives and _rank(root) >= 3 and root not in hidden:
+            # A sum over processes writes its operand in place: no cache, since that is gone after the pass.
+            if _rank(root) >= 3 and root not in hidden and graph.outlives(root):
                 slots[root] = CacheSlot(root.name, node.name)
+    results = set(graph.results)
     inside = set(nodes)
     sink = graph.deepest
     for node in nodes:

@@ -72,6 +72,14 @@ class FxGraph:
         return [node for node in self.module.graph.nodes if node.op == "placeholder"]
 
     @functools.cached_property
+    def _lasting(self) -> frozenset[int]:
+        return frozenset(m for node in [*self.placeholders, *self.results] for m in _memory_of(value_of(node)))
+
+    def outlives(self, node: fx.Node) -> bool:
+        """Whether the memory of a value is there before the graph runs, or after it."""
+        return node.op in ("placeholder", "get_attr") or not self._lasting.isdisjoint(_memory_of(value_of(node)))
+
+    @functools.cached_property
     def deepest(self) -> fx.Node | None:
         """The result that the most operations one after the other lead to: the logits."""
         depth: dict[fx.Node, int] = {}

@@ -50,7 +50,7 @@ def localize_weights(module: fx.GraphModule, inputs: Sequence[Any]) -> Localized
     if not spread:
         return None
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    graph.output(graph.graph_copy(module.graph, copies), type_expr=None)
+    graph.output(graph.graph_copy(module.graph, copies))
     order: list[int] = []
     shards: set[str] = set()
     for place, old in enumerate(placeholders):

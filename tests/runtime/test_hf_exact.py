@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
         return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for size in sizes})
 
     monkeypatch.setattr("river_compile.backend._experience_of", experience)
-    monkeypatch.setattr(hf_exact.HfPasses, "clock", staticmethod(lambda: 0.0))
+    monkeypatch.setattr("river_compile.backend.time", SimpleNamespace(perf_counter=lambda: 0.0))
     torch.compiler.reset()
 
 

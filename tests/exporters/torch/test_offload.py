@@ -115,7 +115,8 @@ def test_the_memory_of_deep_layers_goes_when_they_have_run() -> None:
 def test_a_pass_has_one_offloaded_layer_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("llama", 6)
     compiled = quick(model, tau=2.0)
-    decoded(model, compiled)
+    for _ in range(2):
+        decoded(model, compiled)
     address, most = file_of(model).address, []
     drop = offload.Extent.drop
 
