@@ -157,7 +157,8 @@ def caches_after_mixed_depths(rank: int, folder: Path, kind: str, schedule: list
     return heads
 
 
-@pytest.mark.parametrize("kind", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_both_caches_are_complete_after_tokens_of_mixed_depths(kind: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama", **ODD)
     assert run_ranks(caches_after_mixed_depths, folder, kind, [3, 0, 2, 1, 3, 0], folder=tmp_path) == [1, 1]

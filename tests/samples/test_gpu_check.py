@@ -134,6 +134,7 @@ def test_the_help_names_every_section() -> None:
     assert all(f"    {name} " in done.stdout for name in SECTIONS)
 
 
+@pytest.mark.slow
 def test_the_torch_sections_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     """Products, in a rehearsal without click and the ONNX tools."""
     for name in ("click", "onnx_graphsurgeon", "onnxruntime", "gguf"):

@@ -64,7 +64,10 @@ def offloaded(model: Any) -> set[str]:
     return {name.split(".")[2] for name, weight in model.named_parameters() if offload.find(weight) is not None}
 
 
-@pytest.mark.parametrize("load", [spread, in_the_state, on_the_disk])
+@pytest.mark.parametrize(
+    "load",
+    [pytest.param(way, marks=pytest.mark.slow) for way in (spread, in_the_state)] + [pytest.param(on_the_disk)],
+)
 def test_a_model_of_accelerate_is_taken_over(load: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     model = load(folder, tmp_path)
     moved = river_compile.offload(model, after=2)
