@@ -8,7 +8,9 @@ from river_compile.version import __version__
 
 if TYPE_CHECKING:
     from river_compile.api import export, plan
-    from river_compile.backend import RiverBackend, exact, refresh, reset_stats, set_max_depth, set_tau, stats, tune
+    from river_compile.backend import RiverBackend
+    from river_compile.compiled import refresh, reset_stats, set_max_depth, set_tau, stats, tune
+    from river_compile.exact_generate import exact
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
     from river_compile.measure.evaluation import Evaluation, evaluate
@@ -57,19 +59,19 @@ _HOME = {
     "Tuning": "measure.tuning",
     "calibrate": "measure.calibration",
     "evaluate": "measure.evaluation",
-    "exact": "backend",
+    "exact": "exact_generate",
     "export": "api",
     "from_pretrained": "pretrained",
     "load_river": "pretrained",
     "offload": "pretrained",
     "plan": "api",
-    "refresh": "backend",
-    "reset_stats": "backend",
+    "refresh": "compiled",
+    "reset_stats": "compiled",
     "save_river": "pretrained",
-    "set_max_depth": "backend",
-    "set_tau": "backend",
-    "stats": "backend",
-    "tune": "backend",
+    "set_max_depth": "compiled",
+    "set_tau": "compiled",
+    "stats": "compiled",
+    "tune": "compiled",
 }
 
 

@@ -7,30 +7,28 @@ import functools
 import math
 import time
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from river_compile.compiled import MODELS, TUNED, combined, config_of, known_states
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
+from river_compile.exact_generate import exact
 from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch import generate, hooked, offload, saved, seam
+from river_compile.exporters.torch.artifacts import Artifacts
 from river_compile.exporters.torch.attention import lower_attention
-from river_compile.exporters.torch.dispatch import Artifacts, Dispatcher
+from river_compile.exporters.torch.dispatch import Dispatcher
 from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
 from river_compile.exporters.torch.linear import Lowering, lowering_for
 from river_compile.exporters.torch.ranks import Ranks, Spread, ranks_of
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.remembered import Remembered
-from river_compile.exporters.torch.state import GraphFacts, State, States, calling_module, forced_exits
-from river_compile.exporters.torch.tuning import Tuned, tune_weights
+from river_compile.exporters.torch.state import GraphFacts, State, calling_module
 from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
@@ -41,23 +39,9 @@ from river_compile.passes.fx.localize_weights import localize_weights
 from river_compile.passes.fx.share_head import share_head
 from river_compile.passes.fx.share_kv import Plan, share_kv
 from river_compile.passes.fx.verify import verify
-from river_compile.passes.quantizer import ActivationAware
-from river_compile.runtime.exact import Drafting, Experience
-from river_compile.runtime.steps import Step
 from river_compile.statistics import Stats
 
-__all__ = [
-    "RiverBackend",
-    "refresh",
-    "reset_stats",
-    "river",
-    "set_max_depth",
-    "set_tau",
-    "stats",
-    "tune",
-    "tuned_digest",
-    "tuned_weights",
-]
+__all__ = ["RiverBackend", "river"]
 
 Compiled = Callable[..., Any]
 
@@ -88,7 +72,7 @@ class RiverBackend(State):
         recorder: Callable[[torch.device], Recorder] | None = None,
         state_of: Callable[[Sequence[torch.Tensor]], State] | None = None,
     ) -> None:
-        super().__init__(config or RiverConfig(), store if store is not None else Store(_tuned))
+        super().__init__(config or RiverConfig(), store if store is not None else Store(TUNED))
         self._recorder, self._lowering, self._compiler = recorder, lowering, compiler
         self._artifacts = Artifacts(compiler or seam.compile_piece)
         self._compile_whole = compiler or seam.compile_whole
@@ -109,7 +93,7 @@ class RiverBackend(State):
         return copied
 
     def _own_state(self, parameters: Sequence[torch.Tensor]) -> State:
-        _states.bind(parameters, self, calling_module())
+        MODELS.bind(parameters, self, calling_module())
         return self
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -143,7 +127,7 @@ class RiverBackend(State):
 
     def stats(self) -> Stats:
         """What was compiled and done until now."""
-        return _stats([self])
+        return combined([self])
 
     def _with_river(
         self, module: fx.GraphModule, inputs: Sequence[Any], ranks: Ranks | None, started: float
@@ -159,7 +143,7 @@ class RiverBackend(State):
         lowering = self._lowering or lowering_for(device)
         chosen = self.config.quantizer
         if self.config.saved_river is not None:
-            chosen = saved.adopt(_tuned, parameters.values(), Path(self.config.saved_river), chosen)
+            chosen = saved.adopt(TUNED, parameters.values(), Path(self.config.saved_river), chosen)
         quantized = Quantized(self.store, lowering, quantizer(chosen))
         weights = GraphWeights(quantized, parameters)
         grown = River()
@@ -310,9 +294,7 @@ def _dump(config: RiverConfig, graph: FxGraph, plan: Plan, number: int) -> None:
 
 
 _measured = Remembered()
-_tuned = Tuned()
-_store = Store(_tuned)
-_states = States()
+_store = Store(TUNED)
 
 
 def river(
@@ -333,321 +315,21 @@ def river(
     except ConfigError as error:
         return _raising(error)
     parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
-    known = _states.known(parameters, config)
+    known = MODELS.known(parameters, config)
     compiler = known.compiler if known is not None else None
     if compiler is None:
-        compiler = RiverBackend(config, store=_store, state_of=lambda weights: _states.of(weights, config, _store))
+        compiler = RiverBackend(config, store=_store, state_of=lambda weights: MODELS.of(weights, config, _store))
     return compiler(module, inputs)  # type: ignore[no-any-return]
-
-
-def stats(model: torch.nn.Module) -> Stats:
-    """Exit depths, compiled pieces, memory and fallbacks of a model compiled with ``backend="river"``.
-
-    Raises:
-        InputError: the model has not been compiled with it, or not been called since.
-    """
-    return _stats(_latest_of(model))
-
-
-def reset_stats(model: torch.nn.Module) -> None:
-    """Forget the exit depths counted so far: `stats` counts from now.
-
-    Raises: as `stats`.
-    """
-    for state in _states_of(model):
-        state.decode_depths.clear()
-        state.prefill_depths.clear()
-        state.exact.clear()
-
-
-def set_tau(model: torch.nn.Module, tau: float) -> None:
-    """Change the exit threshold of a compiled model; nothing is compiled anew.
-
-    Raises:
-        ConfigError: tau is no number from -1 up.
-        InputError: as `stats`.
-    """
-    RiverConfig(tau=tau)
-    for state in _states_of(model):
-        state.tau = tau
-
-
-def set_max_depth(model: torch.nn.Module, max_depth: int | None) -> None:
-    """Change the limit on the exit depth of a compiled model: 0 is all river, None no limit; nothing is compiled anew.
-
-    Raises:
-        ConfigError: the limit is no whole number from 0 up.
-        InputError: as `stats`.
-    """
-    RiverConfig(max_depth=max_depth)
-    for state in _states_of(model):
-        state.max_depth = max_depth
-
-
-def tune(
-    model: torch.nn.Module,
-    ids: Sequence[np.ndarray | torch.Tensor],
-    config: RiverConfig | None = None,
-    *,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
-) -> int:
-    """Quantize a model's decoder layers for the inputs that they meet on texts, for a river whose quantizer wants it.
-
-    The model itself stays as it is. The river weights are kept with its parameters, a byte for each weight, and every
-    compilation with this quantizer and grid takes them from there; graphs compiled before stay as they are.
-
-    Args:
-        model: a causal language model of transformers in eval mode; one compiled already is run as the original.
-        ids: token ids of texts, int64 [tokens] each: none that a threshold is calibrated or a figure reported on.
-        config: its quantizer, bits and group size; ``quantizer="gptq"`` if None.
-        progress: is told the step, what is done and how much there is.
-
-    Returns:
-        How many weights were quantized.
-
-    Raises:
-        ConfigError: the quantizer needs no tuning, or there is no such quantizer.
-        InputError: the model has no decoder layers, is in training mode or spread over processes, or the texts cannot
-            be used.
-    """
-    from river_compile.exporters.torch.stack import find_stack
-
-    config = config or RiverConfig(quantizer="gptq")
-    chosen = quantizer(config.quantizer)
-    if not isinstance(chosen, ActivationAware):
-        raise ConfigError("quantizer", f"{chosen.name!r} looks at weights alone and needs no tuning; 'gptq' does")
-    model = getattr(model, "_orig_mod", model)
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval()")
-    if ranks_of((), model.parameters()) is not None:
-        raise InputError("the model is spread over several processes; tune it in one")
-    path, stack = find_stack(model)
-    kept = config.kept(len(stack))
-    bits: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
-    for name, parameter in stack.named_parameters():
-        layer = int(name.partition(".")[0])
-        wanted = config.bits_of(f"{path}.{name.rpartition('.')[0]}", f"layers.{layer}")
-        if wanted is not None and layer not in kept:
-            bits[parameter] = wanted
-    return tune_weights(_tuned, model, bits, config.group_size, ids, chosen, progress)
-
-
-def tuned_digest(model: torch.nn.Module) -> str:
-    """A hash of the weights that were tuned for a model."""
-    return _tuned.digest(model.parameters())
-
-
-def tuned_weights() -> Tuned:
-    """Where the weights that `tune` makes are held, for all models."""
-    return _tuned
-
-
-def refresh(model: torch.nn.Module) -> None:
-    """Have the river of a compiled model made anew from its weights before its next pass.
-
-    A river follows its model's weights by itself where a change leaves a trace: another parameter, a change in place
-    that autograd counts, another address (``load_state_dict``, optimizers, ``p.data = x``). Writes through ``.data``,
-    by fused optimizers and by what merges adapters leave none: they are seen by samples of every weight, at the first
-    decode pass after a prompt and, on a CPU, of one weight in turn at every eighth pass. Call this after such a write
-    in the middle of a generation, or after one that changes few numbers of a weight. Samples of offloaded weights are
-    those that the last prompt noted where it ran their layers: after a prompt that left the backbone before, call this.
-
-    Weights that were tuned count as changed: call `tune` again, after this.
-
-    Raises: as `stats`.
-    """
-    for state in _states_of(model):
-        weights = [*state.replaced.keys(), *model.parameters()]
-        _tuned.forget(weights)
-        state.store.forget(weights)
-
-
-def _stats(states: Sequence[State]) -> Stats:
-    """What was compiled for some states of one model, and done."""
-    parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
-    replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
-    decode, prefill, fallbacks, exact = Counter[int](), Counter[int](), Counter[str](), Counter[str]()
-    notes: dict[str, None] = {}
-    for state in states:
-        for parameter in list(state.parameters.keys()):
-            parameters[parameter] = None
-        for parameter in list(state.replaced.keys()):
-            replaced[parameter] = None
-        decode += state.decode_depths
-        prefill += state.prefill_depths
-        fallbacks += state.fallbacks
-        # Addition would drop what is 0.
-        exact.update(state.exact)
-        notes |= state.notes
-        unrecorded = (f"runs without CUDA graphs, {n} graphs: {why}" for why, n in state.unrecorded.items())
-        notes |= dict.fromkeys(unrecorded)
-    return Stats(
-        layers=max(state.layers for state in states),
-        river_layers=max(state.river_layers for state in states),
-        decode_depths=dict(sorted(decode.items())),
-        prefill_depths=dict(sorted(prefill.items())),
-        graphs=sum(state.graphs for state in states),
-        artifacts=len(set().union(*(state.artifacts for state in states))),
-        compile_seconds=sum(state.seconds for state in states),
-        backbone_bytes=sum(seam.shard_of(parameter).nbytes for parameter in parameters),
-        replaced_bytes=sum(seam.shard_of(parameter).nbytes for parameter in replaced),
-        river_bytes=states[-1].store.nbytes(list(parameters.keys())),
-        notes=tuple(notes),
-        fallbacks=dict(fallbacks),
-        exact=dict(exact),
-        offloaded_bytes=sum(parameter.nbytes for parameter in parameters if offload.find(parameter) is not None),
-    )
-
-
-def _states_of(model: torch.nn.Module) -> list[State]:
-    states = _known_states(model)
-    if not states:
-        raise InputError('the model was not compiled with backend="river", or not called since')
-    return states
-
-
-def _known_states(model: torch.nn.Module) -> list[State]:
-    """The states of a model; those with its options, if it is what torch.compile returned."""
-    own = generate.backend_of(model)
-    if isinstance(own, RiverBackend):
-        return [own]
-    states = _states.of_model(model)
-    options = generate.options_of(model)
-    if options is None:
-        return states
-    config = RiverConfig.from_options(options)
-    return [state for state in states if state.config == config]
-
-
-def _latest_of(model: torch.nn.Module) -> list[State]:
-    """The states of a model with one config; with the one that came last if it was compiled several times."""
-    states = _states_of(model)
-    return [state for state in states if state.config == states[-1].config]
-
-
-def exact(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
-    *,
-    streamer: Any = None,
-    lookup: bool | None = None,
-    **model_arguments: Any,
-) -> Any:
-    """Exact decoding, for ``model.generate(..., custom_generate=river_compile.exact)``.
-
-    The river drafts, and the backbone verifies: greedy tokens are the backbone's, sampled ones are distributed as the
-    backbone's. A model that is not compiled with this backend, or has no river, drafts from the text itself alone.
-
-    Args:
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_arguments: as ``generate`` gives
-            them.
-        streamer: gets tokens as they are verified; ``generate`` itself does not hand its own on, so give it by
-            ``functools.partial``. With ``options={"exact": True}`` it is handed on.
-        lookup: whether tokens of the text are drafts where it repeats; None: as the config says.
-
-    Raises:
-        ConfigError: beam search, no KV cache, or a cache that cannot be cut back.
-    """
-    from river_compile.runtime.hf_exact import generate_exactly
-
-    model_arguments.pop("synced_gpus", None)
-    under_way = generate.under_way()
-    compiled = model if under_way is None else under_way
-    states = _known_states(compiled)
-    config = states[-1].config if states else _config_of(compiled)
-    tau, max_depth = (states[-1].tau, states[-1].max_depth) if states else (config.tau, config.max_depth)
-    shaped = max_depth is not None or tau != RiverConfig.tau
-    wants_logits = generation_config.output_logits or generation_config.output_scores
-
-    # Known when the first passes have run, and looked up once: it reads all parameters' names.
-    compiled_with = functools.cache(lambda: _known_states(compiled)[-1:])
-
-    def note(step: Step) -> None:
-        for state in compiled_with():
-            state.exact["rounds"] += 1
-            state.exact["drafted"] += step.drafted
-            state.exact["accepted"] += step.accepted
-            state.exact["near_ties"] += step.near_ties
-            state.exact["drafting"] += round(1e3 * step.draft_seconds)
-            state.exact["verifying"] += round(1e3 * step.verify_seconds)
-
-    # Draft lengths follow what passes cost; processes that run one model draft as the first one's clock says.
-    ranks = functools.cache(
-        lambda: next((s.ranks for s in compiled_with() if s.ranks), None) or ranks_of((), model.parameters())
-    )
-
-    def clock() -> float:
-        now, them = time.perf_counter(), ranks()
-        return now if them is None else them.first([now])[0]
-
-    drafting = Drafting(
-        tau=tau if shaped else None,
-        max_depth=max_depth if shaped else 0,
-        lookup=config.lookup if lookup is None else lookup,
-        keep_logits=bool(wants_logits and generation_config.return_dict_in_generate),
-    )
-    with seam.many_graphs():
-        made = generate_exactly(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            model_arguments,
-            exits=forced_exits,
-            has_river=lambda: any(state.river_layers for state in _known_states(compiled)),
-            experience=lambda: _experience_of(compiled),
-            drafting=drafting,
-            streamer=streamer,
-            on_step=note,
-            clock=clock,
-        )
-    if not generation_config.do_sample:
-        _tell_if_plain(compiled, len(input_ids))
-    return made
-
-
-def _tell_if_plain(model: torch.nn.Module, batch: int) -> None:
-    """Say it once where nothing was drafted, since the tokens could not be promised."""
-    experience, dtype = _experience_of(model), getattr(model, "dtype", torch.float32)
-    if dtype not in SHORT or (batch == 1 and not experience.tie):
-        return
-    why = f"decoded plainly: in {dtype} passes of several tokens round otherwise than passes of one here"
-    if not experience.tie:
-        why = f"decoded plainly: in {dtype} the sequences of a batch would move against each other, and round otherwise"
-    for state in _known_states(model)[-1:]:
-        if why not in state.notes:
-            state.notes[why] = None
-            warnings.warn(f"exact: {why}", stacklevel=3)
-
-
-def _config_of(module: Any) -> RiverConfig:
-    """What a module was compiled with, the defaults if it was not."""
-    own = generate.backend_of(module)
-    if isinstance(own, RiverBackend):
-        return own.config
-    return RiverConfig.from_options(generate.options_of(module))
-
-
-_experiences: MutableMapping[State, Experience] = weakref.WeakKeyDictionary()
-
-
-def _experience_of(model: torch.nn.Module) -> Experience:
-    states = _known_states(model)
-    return _experiences.setdefault(states[-1], Experience()) if states else Experience()
 
 
 def _prepare(module: Any, name: str, settings: dict[str, Any]) -> None:
     """Let ``generate`` of a model compiled with ``exact`` decode exactly; take over from accelerate one that is to be
     offloaded."""
-    config = _config_of(module)
+    config = config_of(module)
     if config.offloads and hooked.is_hooked(module._orig_mod):
         hooked.take_over(module._orig_mod, config)
     if name == "generate" and config.exact and settings.get("custom_generate") is None:
         settings["custom_generate"] = functools.partial(exact, streamer=settings.pop("streamer", None))
 
 
-generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), _known_states, _prepare)
+generate.install(lambda backend: backend is river or isinstance(backend, RiverBackend), known_states, _prepare)

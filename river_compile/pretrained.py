@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from river_compile.backend import river as river_backend
-from river_compile.backend import tuned_weights
+from river_compile.compiled import TUNED
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.exporters.torch import hooked, saved
@@ -65,7 +65,7 @@ def from_pretrained(
     model = load_decoder(name, dtype).to(device)
     if river is not None:
         load_river(model, river)
-        kept = {quantizer for weight in model.parameters() for quantizer, _, _ in tuned_weights().of(weight)}
+        kept = {quantizer for weight in model.parameters() for quantizer, _, _ in TUNED.of(weight)}
         settings.setdefault("quantizer", min(kept))
     compiled: Any = torch.compile(model.requires_grad_(False), backend=river_backend, options=settings)
     if warm_up:
@@ -127,7 +127,7 @@ def save_river(model: torch.nn.Module, folder: str | Path) -> int:
         InputError: nothing was tuned for this model, or it was changed since.
         MissingExtra: safetensors is not installed.
     """
-    return saved.write(tuned_weights(), _named(model), Path(folder))
+    return saved.write(TUNED, _named(model), Path(folder))
 
 
 def load_river(model: torch.nn.Module, folder: str | Path) -> int:
@@ -143,7 +143,7 @@ def load_river(model: torch.nn.Module, folder: str | Path) -> int:
         InputError: there is no saved river, it is damaged, or it belongs to another model or to other weights.
         MissingExtra: safetensors is not installed.
     """
-    return saved.read(tuned_weights(), _named(model), Path(folder))
+    return saved.read(TUNED, _named(model), Path(folder))
 
 
 def _named(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import river_compile
-from river_compile.backend import _tuned, tuned_digest
+from river_compile.compiled import TUNED, tuned_digest
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.torch import saved, seam
 from river_compile.exporters.torch.linear import Dequantized
@@ -123,7 +123,7 @@ def test_another_models_river_is_refused(tmp_path: Path) -> None:
         river_compile.load_river(other, tmp_path)
     with pytest.raises(InputError, match="made for other weights"):
         river_compile.load_river(random_model("llama", 3).to(torch.bfloat16), tmp_path)
-    assert not list(_tuned.of(other.model.layers[0].mlp.up_proj.weight))
+    assert not list(TUNED.of(other.model.layers[0].mlp.up_proj.weight))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "nonsense"])

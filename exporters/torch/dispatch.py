@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import fx
 
 from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.artifacts import Artifacts
 from river_compile.exporters.torch.freshness import samples, traces
 from river_compile.exporters.torch.graphs import Pass, Program, Recordings
 from river_compile.exporters.torch.offload import check, let_go, offload
@@ -31,65 +33,13 @@ from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.graph import FxGraph, value_of, written_inputs
 from river_compile.passes.fx.grow_river import Product, Twin
 from river_compile.passes.fx.insert_exits import similarity_name
-from river_compile.passes.fx.pieces import Piece, Symbols, signature
+from river_compile.passes.fx.pieces import Piece
 from river_compile.passes.fx.share_kv import Plan
 
-__all__ = ["LOOKS", "Artifacts", "Dispatcher"]
+__all__ = ["LOOKS", "Dispatcher"]
 
 LOOKS = 8
 """Decode passes from one look at samples of a weight to the next."""
-
-
-@dataclass
-class _Artifact:
-    """A compiled piece, and the guards on its symbolic sizes (by their new names) under which it holds."""
-
-    run: Callable[..., Any]
-    guards: list[Any]
-
-
-class Artifacts:
-    """Compiled pieces by their signature: two of one form are compiled once, within a graph and across graphs."""
-
-    def __init__(self, compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]) -> None:
-        self._compiler = compiler
-        self._held: dict[str, list[_Artifact]] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._held.values()))
-
-    def compile(self, piece: Piece) -> Callable[..., Any]:
-        """The compiled piece: operands in, a sequence of its outputs out.
-
-        Requires: a compilation by Dynamo under way, to whose trace the piece's values belong.
-        """
-        symbols = Symbols(seam.describe_symbol)
-        known = self._held.setdefault(f"{seam.describe_modes()}\n{signature(piece, symbols)}", [])
-        old_names = {name: symbol for symbol, name in symbols.names.items()}
-        for artifact in known:
-            if all(seam.holds(_renamed(guard, old_names)) for guard in artifact.guards):
-                return artifact.run
-        values = [seam.as_it_is_now(value_of(node)) for node in piece.placeholders.values()]
-        with seam.guards_since() as guards:
-            run = self._compiler(piece.module(), values)
-        mine = [guard for guard in guards if guard.free_symbols <= symbols.names.keys()]
-        known.append(_Artifact(run, [_renamed(guard, symbols.names) for guard in mine]))
-        return run
-
-
-def _renamed(expression: Any, names: dict[Any, Any]) -> Any:
-    import sympy
-
-    return expression.xreplace(
-        {
-            symbol: sympy.Symbol(name) if isinstance(name := names[_key(symbol, names)], str) else name
-            for symbol in expression.free_symbols
-        }
-    )
-
-
-def _key(symbol: Any, names: dict[Any, Any]) -> Any:
-    return symbol if symbol in names else str(symbol)
 
 
 @dataclass
@@ -254,7 +204,7 @@ class Dispatcher:
         recordings = served.recordings
         this = Pass(served.program, values) if recordings is None else recordings.begin(values, served.recorded_river)
         try:
-            with served.state.gate.passing():
+            with served.state.gate or nullcontext():
                 depth = self._run(this, served.state)
         finally:
             this.end()
@@ -375,6 +325,7 @@ class Dispatcher:
             return
         layers = [[arguments[i] for i in places] for places in self._only_backbones]
         sizes = [sum(arguments[i].nbytes for i in layer.backbone.weights) for layer in self._layers]
+        assert state.gate is not None
         with state.gate.closed():
             moved = offload(state.config, layers, sizes, state.notes)
         if moved:

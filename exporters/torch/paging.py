@@ -121,17 +121,15 @@ class Gate:
         self._changed = threading.Condition()
         self._passes = 0
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """A pass, which waits while weights are moved."""
+    def __enter__(self) -> None:
+        """A pass begins; it waits while weights are moved."""
         with self._changed:
             self._passes += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._passes -= 1
-                self._changed.notify_all()
+
+    def __exit__(self, *raised: object) -> None:
+        with self._changed:
+            self._passes -= 1
+            self._changed.notify_all()
 
     @contextmanager
     def closed(self) -> Iterator[None]:

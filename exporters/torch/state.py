@@ -73,7 +73,7 @@ class State:
         exact: of exact decoding: rounds, tokens drafted and accepted, near ties, milliseconds drafting and verifying.
         ranks: the processes over which the model is spread; None if it is not, or no graph has told yet.
         unverified: whether weights may have been changed without a trace since their samples were last compared.
-        gate: what its passes go through where weights are moved.
+        gate: what its passes go through; None where no weights are moved.
     """
 
     def __init__(self, config: RiverConfig, store: Store) -> None:
@@ -87,7 +87,7 @@ class State:
         self.exact: Counter[str] = Counter()
         self.ranks: Ranks | None = None
         self.unverified = True
-        self.gate = Gate()
+        self.gate = Gate() if config.offloads else None
         self.module: weakref.ref[torch.nn.Module] | None = None
         self.parameters: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
         self.replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()

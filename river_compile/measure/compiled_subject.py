@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from river_compile.backend import RiverBackend, tune, tuned_digest
+from river_compile.backend import RiverBackend
+from river_compile.compiled import tune, tuned_digest
 from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra, RiverError
 from river_compile.exporters.onnx.kv_cache import cache_argument

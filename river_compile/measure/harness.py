@@ -244,7 +244,7 @@ class _TorchModel:
                 yield output.logits[0].float().cpu().numpy()
 
     def told(self) -> dict[str, Any]:
-        from river_compile.backend import stats
+        from river_compile.compiled import stats
 
         found = stats(self.compiled)
         told: dict[str, Any] = {"river_layers": found.river_layers, "river_fallbacks": dict(found.fallbacks)}

@@ -38,8 +38,8 @@ def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     def experience(model: Any) -> Experience:
         return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for size in sizes})
 
-    monkeypatch.setattr("river_compile.backend._experience_of", experience)
-    monkeypatch.setattr("river_compile.backend.time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr("river_compile.exact_generate._experience_of", experience)
+    monkeypatch.setattr("river_compile.exact_generate.time", SimpleNamespace(perf_counter=lambda: 0.0))
     torch.compiler.reset()
 
 
@@ -202,7 +202,7 @@ def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
     monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
     lengths = {(count, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for count in (1, 3)}
     experience = Experience(None, lengths)
-    monkeypatch.setattr("river_compile.backend._experience_of", lambda model: experience)
+    monkeypatch.setattr("river_compile.exact_generate._experience_of", lambda model: experience)
 
 
 def test_a_model_compiled_twice_drafts_as_each_time_asked() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import river_compile
 from river_compile import RiverBackend, RiverConfig
+from river_compile.compiled import known_states
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.torch.dispatch import LOOKS
 from river_compile.exporters.torch.freshness import samples, traces
@@ -172,7 +173,7 @@ def test_nothing_is_quantized_anew_while_the_weights_stay() -> None:
     model = random_model("llama", 2)
     compiled = quick(model)
     play(model, compiled, prompt(1, 3), 2, "static")
-    store = river_compile.backend._known_states(compiled)[0].store
+    store = known_states(compiled)[0].store
     before, held = store.epoch, {id(entry) for found in store._held.values() for entry in found.values()}
     for cache in ("static", "dynamic", "static"):
         play(model, compiled, prompt(1, 3), 4, cache)
