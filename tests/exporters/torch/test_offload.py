@@ -18,11 +18,14 @@ from river_compile import RiverBackend, RiverConfig
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.torch import offload
 from river_compile.exporters.torch.linear import Dequantized
+from river_compile.runtime import hf_exact
+from river_compile.runtime.drafting import Costs, DraftLength
+from river_compile.runtime.exact import Experience
 from tests.families import random_model
 from tests.mapped_memory import inode, only_where_told, resident
 from tests.torch_models import as_it_is, play, prompt
 
-LAYERS, STAY = 4, 1
+LAYERS, STAY = 3, 1
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
@@ -58,12 +61,12 @@ def offloaded(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if offload.find(parameter) is not None}
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_every_depth_and_every_exit_computes_the_same(cache: str) -> None:
     found, told = [], []
     for after in (None, STAY):
         torch.compiler.reset()
-        model = random_model("llama")
+        model = random_model("llama", LAYERS)
         compiled = quick(model, offload_after=after, prefill="auto")
         for tau, depth in [(2.0, None), (0.9, None), (0.0, None), (2.0, 0), (2.0, 2)]:
             river_compile.set_tau(compiled, tau)
@@ -82,23 +85,21 @@ def test_every_depth_and_every_exit_computes_the_same(cache: str) -> None:
 
 def test_what_the_river_reads_stays_in_memory() -> None:
     """Norms, the head and the embedding that it shares, and a layer that has no twin."""
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     model.lm_head.weight = model.model.embed_tokens.weight
-    decoded(model, quick(model, keep_layers=(2,)))
-    assert {name.split(".")[2] for name in offloaded(model)} == {"1", "3"}
+    decoded(model, quick(model, keep_layers=(1,)))
+    assert {name.split(".")[2] for name in offloaded(model)} == {"2"}
     assert all(name.endswith("_proj.weight") for name in offloaded(model))
 
 
-def test_as_many_layers_stay_as_the_memory_given_holds() -> None:
-    model = random_model("llama")
-    layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-    decoded(model, quick(model, offload_after=None, offload_memory=2 * layer + 100))
-    assert {name.split(".")[2] for name in offloaded(model)} == {"2", "3"}
+@pytest.mark.parametrize(("memory", "first"), [(0, 0), (9, 0), (10, 1), (34, 2), (35, 3), (99, 3)])
+def test_as_many_layers_stay_as_the_memory_given_holds(memory: int, first: int) -> None:
+    assert offload.first_offloaded(RiverConfig(offload_memory=memory), [10, 20, 5]) == first
 
 
 @only_where_told
 def test_the_memory_of_deep_layers_goes_when_they_have_run() -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     compiled = quick(model, tau=2.0)
     decoded(model, compiled)
     address = file_of(model).address
@@ -113,7 +114,7 @@ def test_the_memory_of_deep_layers_goes_when_they_have_run() -> None:
 
 @only_where_told
 def test_a_pass_has_one_offloaded_layer_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model("llama", 6)
+    model = random_model("llama", 4)
     compiled = quick(model, tau=2.0)
     for _ in range(2):
         decoded(model, compiled)
@@ -129,7 +130,7 @@ def test_a_pass_has_one_offloaded_layer_in_memory_at_a_time(monkeypatch: pytest.
     decoded(model, compiled)
     layer = sum(weight.nbytes for weight in model.model.layers[1].parameters())
     # A graph that is new lets go of all, none of which is there.
-    assert len([size for size in most if size]) == 4 * 5
+    assert len([size for size in most if size]) == 4 * 3
     assert 0 < max(most) < 2 * layer
 
 
@@ -142,10 +143,10 @@ def write_without(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
     weight.data.copy_(value)
 
 
-@pytest.mark.parametrize("write", [write_with_a_trace, write_without])
-@pytest.mark.parametrize("depth", [0, None])
+@pytest.mark.parametrize("write", [pytest.param(write_with_a_trace, marks=pytest.mark.slow), write_without])
+@pytest.mark.parametrize("depth", [0, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_change_outlasts_its_memory_and_reaches_backbone_and_river(write: Callable[..., None], depth: Any) -> None:
-    model, other = random_model("llama"), random_model("llama", seed=5)
+    model, other = random_model("llama", LAYERS), random_model("llama", LAYERS, seed=5)
     compiled = quick(model)
     decoded(model, compiled)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -160,7 +161,7 @@ def test_a_change_outlasts_its_memory_and_reaches_backbone_and_river(write: Call
 
 
 def test_refresh_reaches_a_change_that_spares_every_sample() -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     compiled = quick(model, max_depth=0)
     decoded(model, compiled)
     before = decoded(model, compiled)
@@ -173,7 +174,7 @@ def test_refresh_reaches_a_change_that_spares_every_sample() -> None:
 
 
 def test_exchanged_weights_are_offloaded_again() -> None:
-    model, other = random_model("llama"), random_model("llama", seed=5)
+    model, other = random_model("llama", LAYERS), random_model("llama", LAYERS, seed=5)
     compiled = quick(model, max_depth=0)
     decoded(model, compiled)
     model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
@@ -184,7 +185,7 @@ def test_exchanged_weights_are_offloaded_again() -> None:
 
 
 def test_every_model_that_a_graph_serves_is_offloaded() -> None:
-    one, two = random_model("llama"), random_model("llama", seed=5)
+    one, two = random_model("llama", LAYERS), random_model("llama", LAYERS, seed=5)
     backend = RiverBackend(RiverConfig(offload_after=STAY), lowering=Dequantized(), compiler=as_it_is)
     for model in (one, two):
         decoded(model, torch.compile(model, backend=backend))
@@ -193,7 +194,7 @@ def test_every_model_that_a_graph_serves_is_offloaded() -> None:
 
 
 def test_what_is_done_with_parameters_goes_on(tmp_path: Path) -> None:
-    model, plain = random_model("llama"), random_model("llama")
+    model, plain = random_model("llama", LAYERS), random_model("llama", LAYERS)
     decoded(model, quick(model))
     model.save_pretrained(tmp_path)
     saved = type(model).from_pretrained(tmp_path)
@@ -204,14 +205,18 @@ def test_what_is_done_with_parameters_goes_on(tmp_path: Path) -> None:
         assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
     copied.model.layers[2].mlp.up_proj.weight.data.zero_()
     assert torch.equal(model.model.layers[2].mlp.up_proj.weight, plain.model.layers[2].mlp.up_proj.weight)
-    other = random_model("llama", seed=5)
+    other = random_model("llama", LAYERS, seed=5)
     model.load_state_dict(other.state_dict())
     assert len(offloaded(model)) == len(deep(model))
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
-def test_exact_tokens_are_the_models_own() -> None:
-    model = random_model("llama")
+def test_exact_tokens_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if drafts cost next to nothing: small models are all overhead, and would not draft at all.
+    lengths = {(1, river): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for river in (True, False)}
+    monkeypatch.setattr("river_compile.exact_generate._experience_of", lambda model: Experience(0.0, lengths))
+    monkeypatch.setattr(hf_exact.HfPasses, "clock", staticmethod(lambda: 0.0))
+    model = random_model("llama", LAYERS)
     expected = model.generate(prompt(1, 5), **GREEDY)
     compiled = quick(model, exact=True)
     assert torch.equal(compiled.generate(prompt(1, 5), **GREEDY), expected)
@@ -230,7 +235,7 @@ def descriptor_of(file: offload.WeightsFile) -> int:
 
 @only_where_told
 def test_a_file_that_was_cut_is_an_error_before_the_pass() -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     compiled = quick(model)
     decoded(model, compiled)
     os.ftruncate(descriptor_of(file_of(model)), 4096)
@@ -243,9 +248,8 @@ def test_a_file_that_was_cut_is_an_error_before_the_pass() -> None:
 
 
 def test_no_file_is_left_behind(tmp_path: Path) -> None:
-    model = random_model("llama")
-    decoded(model, quick(model, offload_folder=tmp_path))
-    assert offloaded(model)
+    model = random_model("llama", LAYERS)
+    assert offload.move([deep(model)], tmp_path) == sum(weight.nbytes for weight in deep(model))
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +262,7 @@ def test_no_file_is_left_behind(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_one_clear_error(options: dict[str, Any], message: str) -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     with pytest.raises(ConfigError, match=message):
         decoded(model, quick(model, **options))
     assert not offloaded(model)
@@ -266,7 +270,6 @@ def test_what_cannot_be_is_one_clear_error(options: dict[str, Any], message: str
 
 def test_a_folder_in_memory_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(offload, "is_in_memory", lambda folder: folder == tmp_path)
-    model = random_model("llama")
-    compiled = quick(model, offload_folder=tmp_path)
-    decoded(model, compiled)
-    assert "offloading saves nothing" in str(river_compile.stats(compiled))
+    config, notes = RiverConfig(offload_after=0, offload_folder=tmp_path), dict[str, None]()
+    assert offload.offload(config, [deep(random_model("llama", LAYERS))], [1], notes) > 0
+    assert "offloading saves nothing" in "".join(notes)
