@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -57,14 +58,17 @@ class Case:
     eager, its layers from there on with weights that each process has rounded for itself."""
 
     def __init__(self, folder: Path, config: RiverConfig = RIVER_EVERYWHERE, plan: Any = "auto", **how: Any) -> None:
-        self.model = loaded(folder, plan)
+        self._folder, self.model = folder, loaded(folder, plan)
         self.backend = RiverBackend(config, **{"lowering": Dequantized(), "compiler": as_it_is, **how})
         self.compiled = torch.compile(self.model, backend=self.backend)
-        self.judges = [self._judge(folder, depth) for depth in range(LAYERS + 1)]
+
+    @functools.cached_property
+    def judges(self) -> list[Any]:
+        return [self._judge(depth) for depth in range(LAYERS + 1)]
 
     @torch.no_grad()
-    def _judge(self, folder: Path, depth: int) -> Any:
-        judge = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    def _judge(self, depth: int) -> Any:
+        judge = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
         pairs = zip(decoder_layers(judge)[depth:], decoder_layers(self.model)[depth:], strict=True)
         for whole, layer in pairs:
             spread = dict(layer.named_parameters())
@@ -240,10 +244,10 @@ def test_where_one_cannot_have_a_river_none_has_and_all_say_why(tmp_path: Path) 
 
 def one_fails_in_a_pass(rank: int, folder: Path) -> Any:
     case = Case(folder)
-    case.compiled.generate(prompt(1, 3), **GREEDY)
+    play(case.model, case.compiled, prompt(1, 3), 0, "dynamic")
     if rank:
-        Pass.head = _broken
-    case.compiled.generate(prompt(1, 3), **GREEDY)
+        Pass.tail = _broken
+    play(case.model, case.compiled, prompt(1, 3), 0, "dynamic")
 
 
 def test_where_one_fails_in_a_pass_all_end_with_one_line(tmp_path: Path) -> None:
