@@ -64,7 +64,7 @@ def export_folder(
     from river_compile.exporters.onnx import folder as folders
     from river_compile.exporters.onnx import genai, onnx_file
     from river_compile.exporters.onnx.shared_weights import save_sharing
-    from river_compile.passes.onnx.only_river import only_river
+    from river_compile.passes.onnx.only_twin import only_twin
 
     folders.check_folder_target(output, source)
     if config.external_data is False:
@@ -81,7 +81,8 @@ def export_folder(
             plain = river.with_name(source.model.name if pair else _ORIGINAL)
             save_sharing(onnx_file.load(original), original.parent, plain, river)
             if pair:
-                onnx.save(only_river(onnx.load(str(river), load_external_data=False)), str(plain.with_name(_DRAFTER)))
+                drafter = only_twin(onnx.load(str(river), load_external_data=False), river=True)
+                onnx.save(drafter, str(plain.with_name(_DRAFTER)))
 
         report = export_file(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,28 @@ def main(
     ctx: click.Context,
     /,
     model: Path,
-    as_json: bool,
-    png: Path | None,
-    quiet: bool,
+    taus: tuple[float, ...],
+    depths: tuple[int, ...],
+    rounds: int,
+    tokens: int,
+    batches: tuple[int, ...],
+    contexts: tuple[int, ...],
+    exact: bool,
+    plain: Path | None,
+    int4: bool,
+    tokenizer: Path | None,
+    threads: int | None,
+    startup: bool,
+    dtype: str,
+    device: str,
     bits: str,
     group_size: str,
     head_bits: str,
     activations: str,
     quantizer: str,
-    **measured: Any,
+    as_json: bool,
+    png: Path | None,
+    quiet: bool,
 ) -> None:
     """Time decode passes of MODEL, plain and with a river, at several exits.
 
@@ -108,7 +122,7 @@ def main(
     All ways run interleaved in one process, after a round of warm-up; the ratio is to plain Inductor, or to the plain
     ONNX model, within a round.
     """
-    for tau in measured["taus"]:
+    for tau in taus:
         RiverConfig(tau=tau)
     config = RiverConfig(
         bits=int(bits),
@@ -119,13 +133,25 @@ def main(
     )
     file = _onnx_in(model)
     given = {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    shown: dict[str, Any] = {"as_json": as_json, "png": png, "quiet": quiet}
+    timed: dict[str, Any] = {
+        "taus": taus,
+        "depths": depths,
+        "rounds": rounds,
+        "new_tokens": tokens,
+        "exact": exact,
+        "device": device,
+    }
     if file is None:
         _refuse(given, _OF_FILES, "is for ONNX models, and this is a Hugging Face folder")
-        _bench_folder(model, config, measured, as_json=as_json, png=png, quiet=quiet)
+        if len(batches) > 1:
+            raise ConfigError("batch", "several batch sizes are for ONNX models; a Hugging Face model is timed at one")
+        timed |= {"batch": batches[0], "startup": startup}
+        _bench_folder(model, timed, config, dtype, **shown)
     else:
         _refuse(given, _OF_FOLDERS, "is for Hugging Face folders, and this is an ONNX model")
-        told = config if given.intersection(_OF_RIVERS) else None
-        _bench_file(file, told, measured, as_json=as_json, png=png, quiet=quiet)
+        timed |= {"batches": batches, "contexts": contexts, "plain": plain, "int4": int4, "threads": threads}
+        _bench_file(file, timed, config if given.intersection(_OF_RIVERS) else None, tokenizer, **shown)
 
 
 def _onnx_in(model: Path) -> Path | None:
@@ -145,29 +171,21 @@ def _refuse(given: set[str], names: tuple[str, ...], why: str) -> None:
 
 
 def _bench_folder(
-    model: Path, config: RiverConfig, measured: dict[str, Any], *, as_json: bool, png: Path | None, quiet: bool
+    model: Path,
+    timed: Mapping[str, Any],
+    config: RiverConfig,
+    dtype: str,
+    *,
+    as_json: bool,
+    png: Path | None,
+    quiet: bool,
 ) -> None:
-    if len(measured["batches"]) > 1:
-        raise ConfigError("batch", "several batch sizes are for ONNX models; a Hugging Face model is timed at one")
     import torch
 
     from river_compile.measure.bench import bench
 
     with progress_bars(quiet) as progress:
-        result = bench(
-            model,
-            taus=measured["taus"],
-            depths=measured["depths"],
-            rounds=measured["rounds"],
-            new_tokens=measured["tokens"],
-            batch=measured["batches"][0],
-            dtype=getattr(torch, measured["dtype"]),
-            device=measured["device"],
-            config=config,
-            startup=measured["startup"],
-            exact=measured["exact"],
-            progress=progress,
-        )
+        result = bench(model, config=config, dtype=getattr(torch, dtype), progress=progress, **timed)
     if png is not None:
         from river_compile.measure.plots import draw_rows
 
@@ -177,30 +195,21 @@ def _bench_folder(
 
 
 def _bench_file(
-    model: Path, config: RiverConfig | None, measured: dict[str, Any], *, as_json: bool, png: Path | None, quiet: bool
+    model: Path,
+    timed: Mapping[str, Any],
+    config: RiverConfig | None,
+    tokenizer: Path | None,
+    *,
+    as_json: bool,
+    png: Path | None,
+    quiet: bool,
 ) -> None:
     from river_compile.measure.fidelity import load_tokenizer
     from river_compile.measure.onnx_bench import bench_onnx
 
-    tokenizer = measured["tokenizer"]
+    words = None if tokenizer is None else load_tokenizer(tokenizer)
     with progress_bars(quiet) as progress:
-        result = bench_onnx(
-            model,
-            plain=measured["plain"],
-            taus=measured["taus"],
-            depths=measured["depths"],
-            batches=measured["batches"],
-            contexts=measured["contexts"],
-            rounds=measured["rounds"],
-            new_tokens=measured["tokens"],
-            exact=measured["exact"],
-            int4=measured["int4"],
-            tokenizer=None if tokenizer is None else load_tokenizer(tokenizer),
-            config=config,
-            device=measured["device"],
-            threads=measured["threads"],
-            progress=progress,
-        )
+        result = bench_onnx(model, config=config, tokenizer=words, progress=progress, **timed)
     if png is not None:
         from river_compile.measure.plots import draw_sweeps
 

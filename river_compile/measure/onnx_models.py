@@ -18,7 +18,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import InputError, MissingExtra, RiverError
 from river_compile.exporters.onnx import onnx_file
 from river_compile.exporters.onnx.onnxruntime import INT8_ACCURACY
-from river_compile.passes.onnx.only_backbone import only_backbone
+from river_compile.passes.onnx.only_twin import only_twin
 from river_compile.runtime import OnnxDecoder
 
 __all__ = ["Models", "context_limit", "open_models"]
@@ -104,7 +104,7 @@ def _find_plain(models: Models, given: Path | None, folder: Path, progress: Prog
     path = folder / "plain.onnx"
     progress("take the river out", 0, 1)
     try:
-        stripped = only_backbone(onnx.load(str(river.path), load_external_data=False))
+        stripped = only_twin(onnx.load(str(river.path), load_external_data=False), river=False)
         restated = any(_RESTATED.search(node.name) for node in stripped.graph.node)
         onnx_file.save(stripped, path, river.path.parent)
         plain = _like(river, path)

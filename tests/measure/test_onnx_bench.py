@@ -263,7 +263,7 @@ def test_without_a_plain_model_ratios_are_to_exits_off(
     def refuse(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ValueError("cannot be folded")
 
-    monkeypatch.setattr("river_compile.measure.onnx_models.only_backbone", refuse)
+    monkeypatch.setattr("river_compile.measure.onnx_models.only_twin", refuse)
     result = bench_onnx(river, int4=True, **SMALL)
     assert (result.plain, result.points[0].reference) == ("", "river, exits off")
     assert "cannot be folded" in result.notes[0] and "no plain model to quantize" in result.notes[1]

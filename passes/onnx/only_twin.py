@@ -1,4 +1,4 @@
-"""A decoder of river layers alone, to draft with."""
+"""A river model without its backbone, to draft with, or without its river."""
 
 from __future__ import annotations
 
@@ -9,30 +9,24 @@ from onnxscript import optimizer
 
 from river_compile.passes.onnx.cut_logits import CUT
 
-__all__ = ["only_river", "take_branches"]
+__all__ = ["only_twin"]
 
 _OWN = "river."
 _BRANCH = "river/"
 _CONDITION = "river/condition"
 
 
-def only_river(model: onnx.ModelProto) -> onnx.ModelProto:
-    """What a river model computes at exit depth 0, without its backbone.
+def only_twin(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
+    """A river model with one of its twins alone: the river, as at exit depth 0, or the backbone.
 
-    Each ``If`` of a layer, and of the LM head, is replaced by its river branch. onnxscript's optimizer does that, once
-    their conditions are a constant.
+    Each ``If`` of a layer, and of the LM head, is replaced by one of its branches. onnxscript's optimizer does that,
+    once their conditions are a constant. In the backbone, what passes wrote otherwise before the river was grown stays
+    so: fused residual adds and norms are apart (see `unfuse_skip_norms`), and quantized float16 products compute in
+    float32 (see `widen_products`).
 
     Requires: a river model, its weights in it or outside.
     Ensures: the signature of the model that the river was made for, without what ``river.`` names; no weight is read or
     changed, and none is left that no node reads.
-    """
-    return take_branches(model, river=True)
-
-
-def take_branches(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
-    """A river model with one branch of each ``If`` in its place: every river branch, or every backbone's.
-
-    Requires, ensures: as `only_river`.
     """
     read = ir.from_proto(model)
     graph = read.graph
