@@ -42,7 +42,7 @@ def export_file(
         beside: is told the ONNX file that the river was grown on, when the river is written, to write more beside it.
     """
     from river_compile.exporters.onnx import onnx_file, rewrite
-    from river_compile.exporters.onnx.check import check_result
+    from river_compile.exporters.onnx.check import Check
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
     from river_compile.passes.onnx.cut_logits import cut_logits
@@ -67,6 +67,7 @@ def export_file(
             with steps("tune", pieces=True):
                 config, moments = _tuned(tuning, proto, source, config, progress)
         chosen = quantizer(config.quantizer)
+        looks = stack.enter_context(Check(source, proto)) if check else None
         result = rewrite.rewrite(
             proto,
             source.parent,
@@ -75,6 +76,7 @@ def export_file(
             MatMulNBits(config.activations),
             lambda done, total: progress("quantize", done, total),
             moments,
+            found=looks.begin if looks is not None else lambda anatomy: None,
             prepare=(widen_products,),
             before_head=(cut_logits,),
         )
@@ -85,9 +87,9 @@ def export_file(
         notes = list(result.river.notes)
 
         def look(written: Path) -> None:
-            if check:
+            if looks is not None:
                 with steps("check"):
-                    notes.extend(check_result(written, source, result))
+                    notes.extend(looks.end(written, result))
 
         with steps("write", pieces=True):
             writing = partial(progress, "write")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -16,12 +17,14 @@ from river_compile.errors import InputError, PassError
 from river_compile.exporters.onnx.normal_form import without_weights
 from river_compile.exporters.onnx.rewrite import Rewrite
 from river_compile.exporters.onnx.signature import Signature
+from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.onnx.insert_exits import TAU
 from river_compile.passes.onnx.share_kv import MAX_DEPTH
 
-__all__ = ["check_result"]
+__all__ = ["Check"]
 
 _Shapes = dict[str, list[int | str | None]]
+_Arrays = dict[str, np.ndarray]
 
 _TOKENS = 2
 _PASTS = (0, 3)
@@ -30,52 +33,86 @@ _OFF = 1 << 30
 _TOLERANCE = {"float16": 2e-2, "float32": 1e-4, "float64": 1e-4}
 
 
-def check_result(written: Path, original: Path, result: Rewrite) -> list[str]:
-    """Check a river model by ONNX's checker, and by a pass of two tokens in ONNX Runtime on the CPU: with exits off it
-    equals the original, and its river runs, a layer of each kind. What the original cannot do is not asked of it.
+class Check:
+    """The check of a river model by ONNX's checker, and by a pass of two tokens in ONNX Runtime on the CPU.
 
-    The checker gets the model without its weights; ONNX Runtime loads one file at a time, its graph as it is, and maps
-    external data instead of reading it.
+    With exits off it equals the original, and its river runs, a layer of each kind. What the original cannot do is not
+    asked of it.
+
+    The original's pass runs in a thread, beside the passes of the rewriting. The checker gets the model without its
+    weights; ONNX Runtime runs a graph as it is, and maps external data instead of reading it.
 
     Args:
-        written: the river model's file.
-        original: the file that it was made from.
-        result: the river model, and how it was made.
+        original: the file that the river model is made from.
+        model: what it holds, read without external data.
+    """
 
-    Returns:
-        What could not be checked, a line each.
+    def __init__(self, original: Path, model: onnx.ModelProto) -> None:
+        self._original, self._outputs = original, _shapes(model.graph.output)
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._thread.shutdown()
+
+    def begin(self, anatomy: Anatomy) -> None:
+        """Run the original, whose layers are known, in the thread."""
+        self._expected = self._thread.submit(_expected, self._original, self._outputs, anatomy)
+
+    def end(self, written: Path, result: Rewrite) -> list[str]:
+        """Look at the river model.
+
+        Requires: the check has begun.
+
+        Args:
+            written: the river model's file.
+            result: the river model, and how it was made.
+
+        Returns:
+            What could not be checked, a line each.
+
+        Raises:
+            PassError: the result is not legal, or not the original with exits off; the error names the pass that the
+                message points to, or all that ran.
+        """
+        notes = []
+        problem = _checker_problem(without_weights(result.model))
+        if problem and _checker_problem(str(self._original)):
+            notes.append("ONNX's checker refuses the original, so the form of the result was not checked")
+        elif problem:
+            raise _blame(f"ONNX's checker refuses the result: {problem}", result)
+        try:
+            expected, feeds = self._expected.result()
+        except InputError as error:
+            return [*notes, f"the result was not run: {error}"]
+        try:
+            session = _session(written)
+            found = session.run(list(expected), feeds | {TAU: np.array(NEVER, np.float32), MAX_DEPTH: np.array(_OFF)})
+            last = {layer.kind: layer.index for layer in result.anatomy.layers if layer.index in result.river.twins}
+            session.run(None, feeds | {MAX_DEPTH: np.array(min(last.values(), default=0))})
+        except Exception as error:
+            raise _blame(f"ONNX Runtime refuses the result: {_one_line(error, written)}", result) from error
+        for (name, value), ours in zip(expected.items(), found, strict=True):
+            difference = _difference(ours, value)
+            if difference > _TOLERANCE.get(str(value.dtype), 0.0):
+                problem = f"with exits off {name!r} differs from the original by {difference:.1e} of its range"
+                raise _blame(problem, result)
+        return notes
+
+
+def _expected(original: Path, outputs: _Shapes, anatomy: Anatomy) -> tuple[_Arrays, _Arrays]:
+    """What a tiny pass of the original gives, by name, and what it was fed.
 
     Raises:
-        PassError: the result is not legal, or not the original with exits off; the error names the pass that the
-            message points to, or all that ran.
+        InputError: it cannot be run here.
     """
-    notes = []
-    problem = _checker_problem(without_weights(result.model))
-    if problem and _checker_problem(str(original)):
-        notes.append("ONNX's checker refuses the original, so the form of the result was not checked")
-    elif problem:
-        raise _blame(f"ONNX's checker refuses the result: {problem}", result)
     try:
         import onnxruntime  # noqa: F401
     except ImportError:
-        return [*notes, "the result was not run: onnxruntime is not installed"]
-    try:
-        expected, feeds = _run_original(original, _cache_shapes(original, result))
-    except InputError as error:
-        return [*notes, f"the result was not run: {error}"]
-    try:
-        session = _session(written)
-        found = session.run(list(expected), feeds | {TAU: np.array(NEVER, np.float32), MAX_DEPTH: np.array(_OFF)})
-        last = {layer.kind: layer.index for layer in result.anatomy.layers if layer.index in result.river.twins}
-        session.run(None, feeds | {MAX_DEPTH: np.array(min(last.values(), default=0))})
-    except Exception as error:
-        raise _blame(f"ONNX Runtime refuses the result: {_one_line(error, written)}", result) from error
-    for (name, value), ours in zip(expected.items(), found, strict=True):
-        difference = _difference(ours, value)
-        if difference > _TOLERANCE.get(str(value.dtype), 0.0):
-            problem = f"with exits off {name!r} differs from the original by {difference:.1e} of its range"
-            raise _blame(problem, result)
-    return notes
+        raise InputError("onnxruntime is not installed") from None
+    return _run_original(original, _cache_shapes(original, outputs, anatomy))
 
 
 def _one_line(error: BaseException, file: Path | None = None) -> str:
@@ -103,26 +140,26 @@ def _checker_problem(model: onnx.ModelProto | str) -> str:
     return ""
 
 
-def _cache_shapes(original: Path, result: Rewrite) -> _Shapes:
+def _shapes(values: Iterable[onnx.ValueInfoProto]) -> _Shapes:
+    return {
+        value.name: [dim.dim_value or dim.dim_param or None for dim in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
+def _cache_shapes(original: Path, outputs: _Shapes, anatomy: Anatomy) -> _Shapes:
     """By the name of an input, the shape of the cache that comes out for it; where the signature tells more than two of
     its sizes by name only, as far as ONNX can infer it for two tokens."""
-    values = {value.name: value for value in result.model.graph.output}
-    slots = [slot for layer in result.anatomy.layers for slot in layer.caches]
-    if any(sum(not dim.dim_value for dim in _dims(values[slot.present])) > 2 for slot in slots):
+    slots = [slot for layer in anatomy.layers for slot in layer.caches]
+    if any(sum(not isinstance(size, int) for size in outputs[slot.present]) > 2 for slot in slots):
         bare = without_weights(onnx.load(str(original), load_external_data=False))
         for value in bare.graph.input:
             if value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
-                for dim in _dims(value):
+                for dim in value.type.tensor_type.shape.dim:
                     dim.dim_value = dim.dim_value or _TOKENS
         with suppress(onnx.shape_inference.InferenceError):
-            inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph.output
-            values |= {value.name: value for value in inferred}
-    return {slot.past: [d.dim_value or d.dim_param or None for d in _dims(values[slot.present])] for slot in slots}
-
-
-def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
-    dims: Sequence[onnx.TensorShapeProto.Dimension] = value.type.tensor_type.shape.dim
-    return dims
+            outputs = outputs | _shapes(onnx.shape_inference.infer_shapes(bare, data_prop=True).graph.output)
+    return {slot.past: outputs[slot.present] for slot in slots}
 
 
 def _session(path: Path) -> Any:
@@ -138,7 +175,7 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _run_original(path: Path, caches: _Shapes) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _run_original(path: Path, caches: _Shapes) -> tuple[_Arrays, _Arrays]:
     """Results of a tiny pass of the original, by name, and what it was fed.
 
     Raises:

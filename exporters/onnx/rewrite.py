@@ -85,6 +85,7 @@ def rewrite(
     progress: Callable[[int, int], None] = lambda done, total: None,
     moments: Mapping[str, np.ndarray] | None = None,
     *,
+    found: Callable[[Anatomy], object] = lambda anatomy: None,
     prepare: Sequence[Preparation] = (),
     before_head: Sequence[Finish] = (),
     finish: Sequence[Finish] = (),
@@ -96,6 +97,7 @@ def rewrite(
         folder: where its external data lies.
         progress: is told layers quantized and layers in all.
         moments: see `grow_river`.
+        found: is told the layers when they are found.
         prepare, before_head, finish: passes that only this destination needs: before those that all have, before the
             last of them, `share_head`, and after it.
 
@@ -129,6 +131,7 @@ def rewrite(
     graph, anatomy = dissect(model, folder, prepare)
     original = Original.of(graph)
     after("find_layers", started)
+    found(anatomy)
     started = time.perf_counter()
     river = grow_river(graph, anatomy, config, quantizer, lowering, progress, moments)
     made_by |= {node.name: "grow_river" for twin in river.twins.values() for node in twin.river}

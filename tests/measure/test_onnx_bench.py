@@ -260,7 +260,7 @@ def test_a_river_that_took_operators_apart_asks_for_the_original(tmp_path: Path)
 def test_without_a_plain_model_ratios_are_to_exits_off(
     river: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(model: onnx.ModelProto) -> onnx.ModelProto:
+    def refuse(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
         raise ValueError("cannot be folded")
 
     monkeypatch.setattr("river_compile.measure.onnx_models.only_twin", refuse)
