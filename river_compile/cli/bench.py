@@ -43,13 +43,13 @@ Examples, PyTorch:
 Examples, ONNX Runtime:
   river-bench model.onnx                        its river is made in a temporary folder
   river-bench model.onnx --head-bits 8 --int4 --exact
-  river-bench model.river.onnx --plain model.onnx
+  river-bench model.river.onnx --plain model.onnx --operators
   river-bench model.river.onnx --tau 0.95,0.9 --tokenizer path/to/hf_model \\
       --batch 1,4,16 --context 128,1024,8192 --png sweep.png
 """
 
 _OF_FOLDERS = ("startup", "dtype")
-_OF_FILES = ("plain", "int4", "contexts", "tokenizer", "threads", "activations")
+_OF_FILES = ("plain", "int4", "operators", "contexts", "tokenizer", "threads", "activations")
 _OF_RIVERS = ("bits", "group_size", "head_bits", "activations", "quantizer")
 
 
@@ -68,6 +68,11 @@ _OF_RIVERS = ("bits", "group_size", "head_bits", "activations", "quantizer")
     help="ONNX: the model that a river model was made of.  [default: the river is taken out of it]",
 )
 @click.option("--int4", is_flag=True, help="ONNX: the plain model too with 4-bit weights, by onnxruntime's quantizer.")
+@click.option(
+    "--operators",
+    is_flag=True,
+    help="ONNX: where a pass spends its time, by operator, as ONNX Runtime profiles it.",
+)
 @tokenizer_option(use=", for prompts of text; ONNX: random tokens without")
 @threads_option
 @click.option(
@@ -99,6 +104,7 @@ def main(
     exact: bool,
     plain: Path | None,
     int4: bool,
+    operators: bool,
     tokenizer: Path | None,
     threads: int | None,
     startup: bool,
@@ -150,7 +156,8 @@ def main(
         _bench_folder(model, timed, config, dtype, **shown)
     else:
         _refuse(given, _OF_FOLDERS, "is for Hugging Face folders, and this is an ONNX model")
-        timed |= {"batches": batches, "contexts": contexts, "plain": plain, "int4": int4, "threads": threads}
+        timed |= {"batches": batches, "contexts": contexts, "threads": threads}
+        timed |= {"plain": plain, "int4": int4, "operators": operators}
         _bench_file(file, timed, config if given.intersection(_OF_RIVERS) else None, tokenizer, **shown)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from river_compile.measure.bench import BenchResult
     from river_compile.measure.bench_rows import ExactTokens, RatedRows
     from river_compile.measure.onnx_bench import BenchPoint, OnnxBench
+    from river_compile.measure.onnx_profile import Operators
 
 __all__ = ["show_bench", "show_onnx_bench", "startup_table"]
 
@@ -78,6 +81,8 @@ def show_onnx_bench(console: Console, result: OnnxBench) -> None:
         console.print(_table(point, f"batch {point.batch}, context {point.context}"))
         if point.exact is not None:
             console.print(_exactly(point.exact))
+    if result.operators:
+        console.print(_operators_table(result.operators))
     for over in ("batch", "context"):
         if len(points := result.sweep(over)) > 1:
             console.print(_sweep_table(over, points))
@@ -101,6 +106,33 @@ def _table(rated: RatedRows, title: str) -> Table:
             "" if math.isnan(limit) else f"{rated.batch * limit:.0f}",
             "" if math.isnan(limit) else f"{1 / row.median / limit:.0%}",
         )
+    return table
+
+
+def _operators_table(profiled: Sequence[Operators]) -> Table:
+    """Milliseconds of a pass by operator, its share, and how often it runs."""
+    table = Table(
+        box=box.SIMPLE,
+        title="where a decode pass spends its time under the profiler: ms, share (calls)",
+        title_justify="left",
+    )
+    table.add_column("")
+    for one in profiled:
+        table.add_column(f"{one.name}, {one.seconds * 1e3:.1f} ms", justify="right")
+    costs = Counter[str]()
+    for one in profiled:
+        costs.update({operator: seconds / one.seconds for operator, seconds in one.spent.items()})
+    shown = [operator for operator, cost in costs.most_common() if cost / len(profiled) >= 0.005]
+
+    def cell(one: Operators, seconds: float, calls: str = "") -> str:
+        return f"{seconds * 1e3:.2f}, {seconds / one.seconds:.0%}{calls}" if seconds else "-"
+
+    for operator in shown:
+        cells = [cell(one, one.spent.get(operator, 0.0), f" ({one.calls.get(operator, 0):.0f})") for one in profiled]
+        table.add_row(operator, *cells)
+    others = [sum(seconds for name, seconds in one.spent.items() if name not in shown) for one in profiled]
+    table.add_row("other operators", *(cell(one, seconds) for one, seconds in zip(profiled, others, strict=True)))
+    table.add_row("between operators", *(cell(one, one.between) for one in profiled))
     return table
 
 

@@ -14,7 +14,9 @@ import torch
 from river_compile.config import NEVER
 from river_compile.measure.greedy import wait
 
-__all__ = ["BenchRow", "ExactTokens", "RatedRows", "interleave", "memory_bandwidth", "river_rows"]
+__all__ = ["EXITS_OFF", "BenchRow", "ExactTokens", "RatedRows", "interleave", "memory_bandwidth", "river_rows"]
+
+EXITS_OFF = "river, exits off"
 
 Progress = Callable[[str, int, int], None]
 
@@ -102,7 +104,7 @@ class RatedRows:
 
 def river_rows(layers: int, taus: Sequence[float], depths: Sequence[int]) -> list[BenchRow]:
     """The river with exits off, at thresholds, and at exit depths, the deepest first."""
-    rows = [BenchRow("river, exits off", tau=NEVER)]
+    rows = [BenchRow(EXITS_OFF, tau=NEVER)]
     rows += [BenchRow(f"river, tau {tau:g}", tau=tau) for tau in dict.fromkeys(taus)]
     return rows + [
         BenchRow(f"river, exit depth {depth}", tau=NEVER, max_depth=depth)

@@ -15,6 +15,7 @@ from typing import Any
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import ConfigError, InputError
 from river_compile.measure.bench_rows import (
+    EXITS_OFF,
     BenchRow,
     ExactTokens,
     RatedRows,
@@ -25,6 +26,7 @@ from river_compile.measure.bench_rows import (
 from river_compile.measure.fidelity import TextTokenizer
 from river_compile.measure.machine import cpu_name
 from river_compile.measure.onnx_models import Models, context_limit, open_models
+from river_compile.measure.onnx_profile import Operators, profile_operators
 from river_compile.measure.onnx_ways import ExactWay, Prompt, Way, some_prompts
 from river_compile.measure.onnx_weights import ReadWeights
 from river_compile.runtime import OnnxDecoder
@@ -34,6 +36,7 @@ __all__ = ["BenchPoint", "OnnxBench", "bench_onnx"]
 Progress = Callable[[str, int, int], None]
 
 PLAIN = "plain"
+ALL_RIVER = "all river"
 
 
 @dataclass
@@ -67,6 +70,8 @@ class OnnxBench:
         bandwidth: bytes a second read from memory, measured in the same process; NaN if that is not known.
         points: by batch size at the first context, then by context at the first batch size.
         notes: what could not be measured, and why.
+        operators: where passes of the first point spend their time, if that was asked for: of the plain model, with
+            exits off, and all river.
     """
 
     model: str
@@ -81,6 +86,7 @@ class OnnxBench:
     bandwidth: float
     points: list[BenchPoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    operators: list[Operators] = field(default_factory=list)
 
     def sweep(self, over: str) -> list[BenchPoint]:
         """The points that differ in "batch" or in "context" only, in ascending order."""
@@ -115,6 +121,7 @@ def bench_onnx(
     new_tokens: int = 32,
     exact: bool = False,
     int4: bool = False,
+    operators: bool = False,
     tokenizer: TextTokenizer | None = None,
     config: RiverConfig | None = None,
     device: str = "cpu",
@@ -132,6 +139,7 @@ def bench_onnx(
         taus: thresholds to run the river at, its own if there are none; ``depths`` are exit depths to force.
         rounds: interleaved rounds after one of warm-up; ``new_tokens`` are decode passes in a round.
         exact: decode exactly as well: seconds for each token, and whether the tokens are those of the backbone alone.
+        operators: profile the first point's passes, see `OnnxBench`.
         int4: run the plain model with 4-bit weights too, as ONNX Runtime's own quantizer makes them.
         tokenizer: the model's; prompts are then held-out texts, a different one for each sequence, and random tokens
             without.
@@ -173,7 +181,7 @@ def bench_onnx(
         )
         taus = taus or _own_tau(river)
         limit = context_limit(Path(model))
-        bencher = _Bencher(models, result, taus, depths, exact, limit, tokenizer, progress)
+        bencher = _Bencher(models, result, taus, depths, exact, operators, limit, tokenizer, progress)
         places = dict.fromkeys([*((size, contexts[0]) for size in batches), *((batches[0], size) for size in contexts)])
         for batch, context in places:
             bencher.measure(batch, context)
@@ -196,6 +204,7 @@ class _Bencher:
     taus: Sequence[float]
     depths: Sequence[int]
     exact: bool
+    operators: bool
     limit: int | None
     tokenizer: TextTokenizer | None
     progress: Progress
@@ -222,6 +231,11 @@ class _Bencher:
             point.rows.append(exactly.row)
             backbone = next(way for way in ways if way.row.tau == NEVER and way.row.max_depth is None)
             point.exact = exactly.tokens(backbone.written)
+        if self.operators and not self.result.points:
+            self.progress("profile", 0, 1)
+            profiled = [way for way in ways if way.row.name in (PLAIN, EXITS_OFF, ALL_RIVER)]
+            self.result.operators = [profile_operators(way, prompt, new_tokens) for way in profiled]
+            self.progress("profile", 1, 1)
         self.result.points.append(point)
 
     def _read(self, batch: int, context: int, place: str) -> Prompt | None:
@@ -246,7 +260,7 @@ class _Bencher:
         """The rows to measure; the first is the one that ratios are to."""
         models, layers = self.models, self.result.layers
         plain = [(PLAIN, models.plain), (f"{PLAIN}, int4", models.int4)]
-        rows = [*river_rows(layers, self.taus, self.depths), BenchRow("all river", tau=NEVER, max_depth=0)]
+        rows = [*river_rows(layers, self.taus, self.depths), BenchRow(ALL_RIVER, tau=NEVER, max_depth=0)]
         decoders = [(BenchRow(name), decoder) for name, decoder in plain if decoder is not None]
         decoders += [(row, models.river) for row in rows]
         return [Way(row, decoder, self._weights(decoder)) for row, decoder in decoders]

@@ -49,6 +49,14 @@ def test_one_point_is_drawn_as_bars(exported: Exported, tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_operators_are_a_table(exported: Exported) -> None:
+    result = run(exported("llama", 2), "--context", "8", "--operators")
+    assert result.exit_code == 0, result.output
+    shown = result.stdout[result.stdout.index("where a decode pass spends its time") :]
+    rows = {line.strip().split("  ")[0] for line in shown.splitlines()}
+    assert {"MatMulNBits", "MatMul", "other operators", "between operators"} <= rows
+
+
 def test_a_folder_of_optimum_is_its_model_and_knows_its_context(exported: Exported, tmp_path: Path) -> None:
     shutil.copytree(exported("llama", 2).parent, tmp_path / "folder")
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 16}))

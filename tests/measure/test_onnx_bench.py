@@ -269,6 +269,22 @@ def test_without_a_plain_model_ratios_are_to_exits_off(
     assert "cannot be folded" in result.notes[0] and "no plain model to quantize" in result.notes[1]
 
 
+def test_operators_are_those_of_each_row(plain: Path, river: Path) -> None:
+    result = bench_onnx(river, plain=plain, operators=True, **SMALL | {"contexts": (12, 20)})
+    assert [one.name for one in result.operators] == ["plain", "river, exits off", "all river"]
+    original, off, all_river = result.operators
+    products = sum(node.op_type == "MatMul" for node in onnx.load(plain).graph.node)
+    assert original.calls["MatMul"] == off.calls["MatMul"] == products
+    assert "MatMulNBits" not in original.calls and "MatMulNBits" not in off.calls
+    # ONNX Runtime makes one product of those that read the same: query, key and value; gate and up.
+    assert all_river.calls["MatMulNBits"] in (4 * LAYERS + 1, 7 * LAYERS + 1)
+    for one in result.operators:
+        assert "If" not in one.calls and list(one.spent.values()) == sorted(one.spent.values(), reverse=True)
+        assert 0 < sum(one.spent.values()) + one.between <= one.seconds * (1 + 1e-9)
+    assert json.loads(result.to_json())["operators"][2]["calls"] == all_river.calls
+    assert bench_onnx(river, plain=plain, **SMALL).operators == []
+
+
 def test_prompts_are_texts_where_there_is_a_tokenizer(river: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_word_tokenizer(tmp_path / "words", eos_token=None))
     first, second = some_prompts(VOCABULARY, 2, 40, tokenizer)
