@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ def _figures(result: Measured, tokens: int) -> dict[str, Any]:
     return {"title": result.title.replace("*", ""), "note": result.note, "failure": result.failure} | measured
 
 
+def _label(axis: Any, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    """Beside each point its name, the higher the more others are in its way."""
+    taken: list[Any] = []
+    for name, point in sorted(zip(names, points, strict=True), key=lambda one: one[1]):
+        label = axis.annotate(name, point, xytext=(5, 4), textcoords="offset points", fontsize=8)
+        while any(label.get_window_extent().overlaps(other) for other in taken):
+            label.xyann = (5, label.xyann[1] + 4)
+        taken.append(label.get_window_extent())
+
+
 def draw(results: Mapping[str, Measured], title: str, path: Path) -> None:
     """Speed against agreement, a point for each peer that has both; speed alone, as bars, where none was read."""
     import matplotlib
@@ -73,10 +83,10 @@ def draw(results: Mapping[str, Measured], title: str, path: Path) -> None:
     if all(result.agrees for result in shown):
         shares = [100 * found.value for result in shown if (found := result.agreement())]
         axis.scatter(ratios, shares, c=colours)
-        for name, ratio, share in zip(names, ratios, shares, strict=True):
-            axis.annotate(name, (ratio, share), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set_ylabel("top-1 agreement with the float model, %")
-        axis.margins(x=0.25, y=0.1)
+        axis.margins(x=0.3, y=0.15)
+        figure.canvas.draw()
+        _label(axis, names, list(zip(ratios, shares, strict=True)))
     else:
         axis.barh(names, ratios, color=colours)
         axis.invert_yaxis()
