@@ -23,6 +23,7 @@ from river_compile.runtime.exact import Experience
 from tests.families import VOCABULARY, random_model
 from tests.torch_models import as_it_is
 
+LAYERS = 3
 DYNAMIC: dict[str, Any] = {}
 STATIC = {"cache_implementation": "static"}
 CACHES = (DYNAMIC, STATIC)
@@ -36,7 +37,7 @@ def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(count, river) for count in range(1, 9) for river in (True, False)]
 
     def experience(model: Any) -> Experience:
-        return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for size in sizes})
+        return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 4: 1.1}), 3) for size in sizes})
 
     monkeypatch.setattr("river_compile.exact_generate._experience_of", experience)
     monkeypatch.setattr("river_compile.exact_generate.time", SimpleNamespace(perf_counter=lambda: 0.0))
@@ -58,18 +59,18 @@ def _arguments(batch: int, **more: Any) -> dict[str, Any]:
     ids=("llama-dynamic-3", "llama-static-1", "gemma2-dynamic-1", "gemma2-static-3"),
 )
 def test_generate_is_unchanged_but_for_the_passes(family: str, cache: dict[str, Any], batch: int) -> None:
-    expected = random_model(family).generate(**_arguments(batch, **cache))
-    model = torch.compile(random_model(family), backend="river", options={"exact": True, "bits": 4})
+    expected = random_model(family, LAYERS).generate(**_arguments(batch, **cache))
+    model = torch.compile(random_model(family, LAYERS), backend="river", options={"exact": True, "bits": 4})
     assert torch.equal(model.generate(**_arguments(batch, **cache)), expected)
     stats = river_compile.stats(model)
     assert stats.exact["drafted"] > 10
     assert 0.2 < stats.acceptance <= 1
     assert 0 in stats.decode_depths
-    assert set(stats.decode_depths) | set(stats.prefill_depths) == {0, 4}
+    assert set(stats.decode_depths) | set(stats.prefill_depths) == {0, LAYERS}
 
 
 def test_it_can_be_asked_for_in_one_call() -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     expected = model.generate(**_arguments(1))
     model.forward = torch.compile(model.forward, backend="river", options={"tau": -1.0})
     assert not torch.equal(model.generate(**_arguments(1)), expected)
@@ -80,7 +81,7 @@ def test_it_can_be_asked_for_in_one_call() -> None:
 
 def test_a_folder_of_the_form_that_transformers_loads_methods_from() -> None:
     folder = Path(__file__).parents[2] / "samples" / "exact_generate"
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     expected = model.generate(**_arguments(1))
     compiled = torch.compile(model, backend="river", options={"tau": -1.0})
     found = compiled.generate(**_arguments(1), custom_generate=str(folder), trust_remote_code=True)
@@ -90,17 +91,17 @@ def test_a_folder_of_the_form_that_transformers_loads_methods_from() -> None:
 
 def test_a_model_compiled_with_exact_never_exits_elsewhere() -> None:
     """Where transformers' generate calls the compiled module itself, nothing asks for drafts."""
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     expected = model.generate(**_arguments(1))
     model.compile(backend="river", options={"exact": True, "tau": -1.0})
     assert torch.equal(model.generate(**_arguments(1)), expected)
-    assert set(river_compile.stats(model).decode_depths) == {4}
+    assert set(river_compile.stats(model).decode_depths) == {LAYERS}
     assert torch.equal(model.generate(**_arguments(1), custom_generate=river_compile.exact), expected)
     assert river_compile.stats(model).exact["drafted"] > 0
 
 
 def test_an_uncompiled_model_drafts_from_its_text() -> None:
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     expected = model.generate(**_arguments(1))
     assert torch.equal(model.generate(**_arguments(1), custom_generate=river_compile.exact), expected)
 
@@ -109,8 +110,8 @@ def test_an_uncompiled_model_drafts_from_its_text() -> None:
 def test_processors_criteria_and_outputs_are_as_in_plain_generation(batch: int) -> None:
     how = {"repetition_penalty": 1.2, "min_new_tokens": 3, "eos_token_id": 70, "pad_token_id": 0}
     outputs = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    expected = random_model("llama").generate(**_arguments(batch, **how, **outputs))
-    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    expected = random_model("llama", LAYERS).generate(**_arguments(batch, **how, **outputs))
+    model = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
     found = model.generate(**_arguments(batch, **how, **outputs))
     assert torch.equal(found.sequences, expected.sequences)
     assert len(found.logits) == len(found.scores) == len(expected.logits)
@@ -121,8 +122,8 @@ def test_processors_criteria_and_outputs_are_as_in_plain_generation(batch: int) 
 
 def test_a_conversation_goes_on_from_its_cache() -> None:
     arguments = _arguments(1)
-    model = random_model("llama")
-    compiled = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    model = random_model("llama", LAYERS)
+    compiled = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
     texts = []
     for one in (model, compiled):
         cache, ids = DynamicCache(), arguments["input_ids"]
@@ -150,7 +151,7 @@ def test_tokens_are_streamed_as_they_are_verified() -> None:
         def end(self) -> None:
             self.ended = True
 
-    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    model = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
     streamer, other = Streamer(), Streamer()
     found = model.generate(**_arguments(1), streamer=streamer)[0].tolist()
     model.generate(**_arguments(1), custom_generate=functools.partial(river_compile.exact, streamer=other))
@@ -161,7 +162,7 @@ def test_tokens_are_streamed_as_they_are_verified() -> None:
 
 
 def test_sampling_draws_by_torchs_generator() -> None:
-    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    model = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
     how = _arguments(1) | {"do_sample": True, "temperature": 2.0, "top_p": 0.9}
     found = []
     for _ in range(2):
@@ -180,13 +181,13 @@ def test_sampling_draws_by_torchs_generator() -> None:
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(how: dict[str, Any], line: str) -> None:
-    model = torch.compile(random_model("llama"), backend="river", options={"exact": True})
+    model = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
     with pytest.raises(ConfigError, match=line):
         model.generate(**_arguments(1, **how))
 
 
 def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
-    model = random_model("gemma2")
+    model = random_model("gemma2", LAYERS)
     cache = StaticCache(config=model.config, max_cache_len=64)
     model(torch.randint(3, VOCABULARY, (1, 12)), past_key_values=cache)
     ids = torch.randint(3, VOCABULARY, (1, 14))
@@ -207,21 +208,21 @@ def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
 
 def test_a_model_compiled_twice_drafts_as_each_time_asked() -> None:
     """The settings are those of the compiled module, not those that the model within was compiled with last."""
-    model = random_model("llama")
+    model = random_model("llama", LAYERS)
     plain = torch.compile(model, backend="river", options={"tau": 2.0})
     exact = torch.compile(model, backend="river", options={"exact": True})
     expected = plain.generate(**_arguments(1))
     for compiled in (exact, plain, exact):
         assert torch.equal(compiled.generate(**_arguments(1)), expected)
     assert 0 in river_compile.stats(exact).decode_depths
-    assert set(river_compile.stats(plain).decode_depths) == {4}
+    assert set(river_compile.stats(plain).decode_depths) == {LAYERS}
     assert not river_compile.stats(plain).exact
 
 
 @pytest.mark.parametrize("family", ("llama", "qwen2"))
 def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a near tie comes up, since a pass of several tokens is that of one to the last bit."""
-    model = random_model(family).to(torch.bfloat16)
+    model = random_model(family, LAYERS).to(torch.bfloat16)
     if not all(is_steady(weight) for weight in model.parameters() if weight.dim() == 2):
         pytest.skip("this CPU's products of a row depend on the rows beside it")
     _steady(monkeypatch, 1.0)
@@ -239,7 +240,7 @@ def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypa
 def test_batches_in_bfloat16_are_decoded_plainly(cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the sequences ends early; the others go on in a batch of as many."""
     _steady(monkeypatch, 9.0)
-    model = random_model("llama").to(torch.bfloat16)
+    model = random_model("llama", LAYERS).to(torch.bfloat16)
     plain_model = torch.compile(model, backend="river", options={"tau": 2.0})
     first = plain_model.generate(**_arguments(3, **cache))[0, 7:].tolist()
     ends = {"eos_token_id": first[4], "pad_token_id": 0}
@@ -260,7 +261,7 @@ def test_where_they_would_change_tokens_it_decodes_plainly_and_says_so(monkeypat
         return logits * (1.0 if ids.shape[1] == 1 else 1.01), depth
 
     monkeypatch.setattr(hf_exact.HfPasses, "backbone", rounded)
-    model = random_model("llama").to(torch.bfloat16)
+    model = random_model("llama", LAYERS).to(torch.bfloat16)
     plain = torch.compile(model, backend="river", options={"tau": 2.0}).generate(**_arguments(1))
     compiled = torch.compile(model, backend="river", options={"exact": True})
     with pytest.warns(UserWarning, match="decoded plainly: in torch.bfloat16") as told:

@@ -18,8 +18,8 @@ from river_compile.config import RiverConfig
 from river_compile.errors import PassError
 from river_compile.exporters.onnx import rewrite
 from river_compile.passes.onnx.graph import bodies
+from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
-from tests.families import random_model
 from tests.lora import with_lora
 from tests.oracle import Player, session
 from tests.traced_model import traced_model
@@ -114,10 +114,8 @@ def test_what_the_original_cannot_do_is_not_asked_of_the_result(model: Path, tmp
     assert note.startswith("the result was not run: ONNX Runtime's CPU cannot load the original: ")
 
 
-def test_bfloat16_is_not_asked_of_a_cpu(tmp_path: Path) -> None:
-    import torch
-
-    report = export(random_model("llama", dtype=torch.bfloat16), tmp_path / "out.onnx")
+def test_bfloat16_is_not_asked_of_a_cpu(exported: Exported, tmp_path: Path) -> None:
+    report = export(exported("llama", dtype="bfloat16"), tmp_path / "out.onnx")
     assert report.river_layers == 4
     assert any("cannot load the original" in note for note in report.notes)
 

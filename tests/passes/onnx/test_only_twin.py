@@ -16,7 +16,7 @@ from river_compile.passes.onnx.only_twin import only_twin
 from river_compile.runtime import OnnxDecoder
 from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
-from tests.families import LAYERS
+from tests.families import exported_layers
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,8 @@ from tests.families import LAYERS
 def test_the_river_computes_without_its_backbone(
     exported: Exported, tmp_path: Path, family: str, config: RiverConfig
 ) -> None:
-    source = exported(family)
+    layers = exported_layers(family)
+    source = exported(family, layers)
     river_compile.export(source, tmp_path / "river.onnx", config)
     drafter = only_twin(onnx.load(tmp_path / "river.onnx"), river=True)
     onnx.save(drafter, tmp_path / "draft.onnx")
@@ -42,7 +43,7 @@ def test_the_river_computes_without_its_backbone(
     assert [value.name for value in drafter.graph.input] == [value.name for value in original.input]
     assert [value.name for value in drafter.graph.output] == [value.name for value in original.output]
     assert RIVER_CONFIG not in {prop.key for prop in drafter.metadata_props}
-    assert len([tensor for tensor in drafter.graph.initializer if "river/" in tensor.name]) > LAYERS
+    assert len([tensor for tensor in drafter.graph.initializer if "river/" in tensor.name]) > layers
 
     river, alone = OnnxDecoder(tmp_path / "river.onnx"), OnnxDecoder(tmp_path / "draft.onnx")
     ids, states = np.array([[5, 9, 17, 33]]), (river.start(1), alone.start(1))
@@ -68,8 +69,7 @@ def _operators(model: onnx.ModelProto) -> Counter[str]:
 def test_the_backbone_has_the_original_s_operators_weights_and_signature(
     exported: Exported, tmp_path: Path, family: str, config: RiverConfig
 ) -> None:
-    layers = 2 if family == "gemma3" else 4
-    source = exported(family, layers)
+    source = exported(family, exported_layers(family))
     river_compile.export(source, tmp_path / "river.onnx", config, check=False)
     original = onnx.load(source)
     found = only_twin(onnx.load(tmp_path / "river.onnx"), river=False)
