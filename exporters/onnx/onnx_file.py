@@ -42,8 +42,8 @@ _PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 _ALIGNMENT = 4096
 _INLINE_BELOW = 1024
 _LFS = b"version https://git-lfs.github.com/spec/"
-_NO_WEIGHT = {"river.tau", "river.max_depth", "river.tau_offsets", "river/thresholds/axes", "river/layers"}
-_NO_WEIGHT |= {"river.logits_from", "river/logits_from/end", "river/logits_from/axis"}
+_NO_WEIGHT = {"river.tau", "river.max_depth", "river.tau_offsets", "river/layers"}
+_NO_WEIGHT |= {"river.logits_from", "river/decides/one", "river/logits_from/end", "river/logits_from/axis"}
 # What a river computes with beside its weights, which show all other settings but thresholds.
 _FUNCTION = ("activations", "exit_every")
 

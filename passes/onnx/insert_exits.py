@@ -44,7 +44,8 @@ def insert_exits(
     backbone layers that ran, is an output if the config wants it. Returns the depths at which an exit may be decided.
     """
     points = exit_points(anatomy, branches, config)
-    thresholds = _by_layer(graph, len(anatomy.layers), _threshold(graph, anatomy, config.tau), config)
+    graph.add_weight(_LAST_AXIS, np.array([-1], np.int64))
+    thresholds, padding = _thresholds(graph, len(anatomy.layers), config), _padding(graph, anatomy)
     order = sorted(branches)
     for index, following in pairwise(order):
         beyond = branches[following].inputs[0]
@@ -52,7 +53,7 @@ def insert_exits(
         layer, branch = anatomy.layers[index], branches[index]
         stay, go = branch.attrs["else_branch"], branch.attrs["then_branch"]
         if index + 1 in points:
-            _decide(stay, layer, thresholds[index], beyond, f"backbone.{index}/river/")
+            _decide(stay, layer, thresholds[index], padding, beyond, f"backbone.{index}/river/")
         else:
             _pass_on(stay, beyond, f"backbone.{index}/river/")
         go.outputs.append(_constant_flag(go, f"river.{index}/river/stays"))
@@ -70,18 +71,15 @@ def exit_points(anatomy: Anatomy, twins: Collection[int], config: RiverConfig) -
     return tuple(d for d in config.exit_points(len(anatomy.layers)) if d - 1 in twins and d <= last)
 
 
-def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
-    """tau, float32 []; or [batch, sequence] with tau for each token and -inf for padding."""
-    threshold = graph.add_weight(TAU, np.array(tau, np.float32))
-    graph.overridable.append(TAU)
-    graph.add_weight(_LAST_AXIS, np.array([-1], np.int64))
+def _padding(graph: OnnxGraph, anatomy: Anatomy) -> gs.Tensor | None:
+    """Which tokens of the pass are padding, bool [batch, sequence]; None where the signature does not tell."""
     tensors = {t.name: t for node in graph.nodes for t in [*node.inputs, *node.outputs]}
     tensors |= {tensor.name: tensor for tensor in graph.surgeon.inputs}
     mask = tensors.get(_MASK)
     states = [tensors.get(layer.hidden_in, gs.Variable("")) for layer in anatomy.layers]
     ranks = {None if state.shape is None else len(state.shape) for state in states}
     if mask is None or len(mask.shape or ()) != 2 or ranks != {3} or not _grows(graph, anatomy.layers[0].caches):
-        return threshold
+        return None
     chain = _Chain(graph.nodes, "river/padding/")
     length = chain.add("Shape", [states[0]], np.int64, start=1, end=2)
     start = chain.add("Neg", [length], np.int64)
@@ -89,28 +87,26 @@ def _threshold(graph: OnnxGraph, anatomy: Anatomy, tau: float) -> gs.Tensor:
     axis = graph.add_weight("river/padding/axis", np.array([1], np.int64))
     current = chain.add("Slice", [mask, start, end, axis], mask.dtype)
     real = chain.add("Cast", [current], bool, to=onnx.TensorProto.BOOL)
-    never = graph.add_weight("river/padding/never", np.array(-np.inf, np.float32))
-    every = chain.add("Where", [real, threshold, never], _FLOAT32)
-    every.shape = list(states[0].shape[:2])
-    return every
+    padding = chain.add("Not", [real], bool)
+    padding.shape = list(states[0].shape[:2])
+    return padding
 
 
-def _by_layer(graph: OnnxGraph, layers: int, threshold: gs.Tensor, config: RiverConfig) -> list[gs.Tensor]:
-    """Each layer's threshold: tau, plus its offset if the config has any; two or three nodes for the whole stack."""
+def _thresholds(graph: OnnxGraph, layers: int, config: RiverConfig) -> list[gs.Tensor]:
+    """Each layer's threshold: tau, float32 []; or that plus its offset, float32 [1], if the config has any, by two
+    nodes for the whole stack."""
+    threshold = graph.add_weight(TAU, np.array(config.tau, np.float32))
+    graph.overridable.append(TAU)
     if config.tau_offsets is None:
         return [threshold] * layers
     if config.tau_offsets and len(config.tau_offsets) != layers:
         raise ConfigError("tau_offsets", f"{len(config.tau_offsets)} numbers for a stack of {layers} layers")
     values = np.array(config.tau_offsets or (0.0,) * layers, np.float32)
-    offsets: gs.Tensor = graph.add_weight(TAU_OFFSETS, values)
+    offsets = graph.add_weight(TAU_OFFSETS, values)
     graph.overridable.append(TAU_OFFSETS)
     chain = _Chain(graph.nodes, "river/thresholds/")
-    if threshold.name != TAU:
-        axes = graph.add_weight("river/thresholds/axes", np.array([1, 2], np.int64))
-        offsets = chain.add("Unsqueeze", [offsets, axes], _FLOAT32)
     every = chain.add("Add", [offsets, threshold], _FLOAT32)
-    shape = [1, *(threshold.shape or ())]
-    parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32, shape) for index in range(layers)]
+    parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32, [1]) for index in range(layers)]
     graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, "num_outputs": layers}, [every], parts))
     return parts
 
@@ -137,8 +133,11 @@ class _Chain:
         return result
 
 
-def _decide(branch: gs.Graph, layer: Layer, threshold: gs.Tensor, beyond: gs.Tensor, prefix: str) -> None:
-    """Nine nodes (eleven unless float32). The comparison comes before the minimum, since a minimum may lose a NaN."""
+def _decide(
+    branch: gs.Graph, layer: Layer, threshold: gs.Tensor, padding: gs.Tensor | None, beyond: gs.Tensor, prefix: str
+) -> None:
+    """Nine nodes (two more unless float32, one more with padding). The comparison comes before the minimum, since a
+    minimum may lose a NaN; so does padding, whose similarity is one where its embedding is zero."""
     chain = _Chain(branch.nodes, prefix)
     states = [outer(layer.hidden_in), branch.outputs[0]]
     if branch.outputs[0].dtype != _FLOAT32:
@@ -149,6 +148,8 @@ def _decide(branch: gs.Graph, layer: Layer, threshold: gs.Tensor, beyond: gs.Ten
     total = chain.add("ReduceSum", [product, outer(_LAST_AXIS)], _FLOAT32, keepdims=0)
     similarity = chain.add("Div", [total, chain.add("Mul", norms, _FLOAT32)], _FLOAT32)
     above = chain.add("Greater", [similarity, outer(threshold.name)], bool)
+    if padding is not None:
+        above = chain.add("Or", [above, outer(padding.name)], bool)
     decided = chain.add("ReduceMin", [above], bool, keepdims=0)
     branch.outputs.append(chain.add("Or", [decided, outer(beyond.name)], bool))
 
