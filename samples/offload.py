@@ -113,6 +113,7 @@ def with_torch(arguments: argparse.Namespace) -> Any:
     dtype = getattr(torch, arguments.dtype)
     if arguments.shape:
         torch.set_default_dtype(dtype)
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[arguments.shape]))
     else:
         model = AutoModelForCausalLM.from_pretrained(arguments.folder or smollm2(), dtype=dtype)
