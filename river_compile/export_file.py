@@ -46,6 +46,7 @@ def export_file(
     from river_compile.exporters.onnx.onnxruntime import MatMulNBits
     from river_compile.exporters.quantizers import quantizer
     from river_compile.passes.onnx.cut_logits import cut_logits
+    from river_compile.passes.onnx.guard_decisions import guard_decisions
     from river_compile.passes.onnx.widen_products import widen_products
 
     progress, started = progress or (lambda step, done, total: None), time.perf_counter()
@@ -78,7 +79,7 @@ def export_file(
             moments,
             found=looks.begin if looks is not None else lambda anatomy: None,
             prepare=(widen_products,),
-            before_head=(cut_logits,),
+            before_head=(cut_logits, guard_decisions),
         )
         steps.seconds |= result.seconds
         if config.calibration is not None:

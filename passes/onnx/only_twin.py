@@ -43,8 +43,10 @@ def only_twin(model: onnx.ModelProto, *, river: bool) -> onnx.ModelProto:
             ir.convenience.replace_all_uses_with(node.outputs[0], whole)
             graph.remove(node, safe=True)
     optimizer.fold_constants(read, input_size_limit=0)
-    # Branches that were not taken still count as readers of what they read, until the graph is read anew.
-    bare = ir.from_proto(ir.to_proto(read))
-    optimizer.remove_unused_nodes(bare)
-    bare.metadata_props.clear()
-    return ir.to_proto(bare)
+    # Branches that were not taken, or whose node is gone, still count as readers, until the graph is read anew: once
+    # for those of layers, once for those of decisions.
+    for _ in range(2):
+        read = ir.from_proto(ir.to_proto(read))
+        optimizer.remove_unused_nodes(read)
+    read.metadata_props.clear()
+    return ir.to_proto(read)

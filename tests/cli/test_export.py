@@ -98,6 +98,7 @@ def test_every_option_reaches_the_exported_model(model: Path, tmp_path: Path) ->
     assert {key: config[key] for key in expected} == expected
     assert (tmp_path / "out.onnx.data").exists()
     names = ["1_find_layers.txt", "2_grow_river.txt", "3_share_kv.txt", "4_insert_exits.txt", "5_cut_logits.txt"]
+    names.append("6_guard_decisions.txt")
     assert sorted(path.name for path in dump.iterdir()) == names
     assert "MatMulNBits" in (dump / names[2]).read_text()
     assert "ReduceL2" not in (dump / names[2]).read_text()

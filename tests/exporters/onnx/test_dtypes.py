@@ -99,14 +99,15 @@ def test_bfloat16(exported: Exported, activations: str, tmp_path: Path) -> None:
 def test_similarity_is_computed_in_float32(exported: Exported, tmp_path: Path) -> None:
     river = tmp_path / "m.onnx"
     export(exported("llama", LAYERS, "float16"), river)
-    for node in onnx.load(river).graph.node:
-        for branch in (a.g for a in node.attribute if a.name == "else_branch"):
-            kinds = {o: n for n in branch.node for o in n.output}
-            norms = [node for node in branch.node if node.op_type == "ReduceL2"]
-            assert len(norms) in (0, 2)
-            for norm in norms:
-                assert kinds[norm.input[0]].op_type == "Cast"
-                assert kinds[norm.input[0]].attribute[0].i == TensorProto.FLOAT
+    decisions = [node for node in _inner_nodes(river) if node.op_type == "If"]
+    assert len(decisions) == LAYERS - 1
+    for nodes in (a.g.node for decision in decisions for a in decision.attribute if a.name == "then_branch"):
+        kinds = {o: n for n in nodes for o in n.output}
+        norms = [node for node in nodes if node.op_type == "ReduceL2"]
+        assert len(norms) == 2
+        for norm in norms:
+            assert kinds[norm.input[0]].op_type == "Cast"
+            assert kinds[norm.input[0]].attribute[0].i == TensorProto.FLOAT
 
 
 def _inner_nodes(path: Path) -> list[onnx.NodeProto]:
