@@ -244,11 +244,15 @@ class RiverBackend(State):
         return None
 
     def _fall_back(self, module: fx.GraphModule, inputs: Sequence[Any], error: RiverError) -> Compiled:
+        weights = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
+        if not weights and not any(True for _ in module.parameters()):
+            # Not the model itself but what is computed beside it, such as a mask.
+            return self._compile_whole(module, inputs)
         if self.config.strict:
             return _raising(error)
         started = time.perf_counter()
         compiled = self._compile_whole(module, inputs)
-        state = self._state_of([value for value in inputs if isinstance(value, torch.nn.Parameter)])
+        state = self._state_of(weights)
         state.note_inputs(inputs)
         state.seconds += time.perf_counter() - started
         why = str(error)

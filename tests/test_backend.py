@@ -231,6 +231,28 @@ def test_a_model_with_flex_attention_has_a_river() -> None:
     assert backend.stats().river_layers == 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:no exit river")
+@pytest.mark.parametrize("depth", [None, 0])
+def test_inductor_compiles_flex_attention_and_the_product_that_reads_it(depth: int | None) -> None:
+    """Its template for a CPU takes in nothing that comes after, which the river's products are when written as sums."""
+    model = random_model("llama", 2)
+    model.set_attn_implementation("flex_attention")
+    compiled = torch.compile(model, backend=RiverBackend(RiverConfig(tau=2.0, max_depth=depth)))
+    found = play(model, compiled, prompt(1, 3), 2, "dynamic")
+    if depth is None:
+        for ours, theirs in zip(found, play(model, model, prompt(1, 3), 2, "dynamic"), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert all(logits.isfinite().all() for logits in found)
+
+
+def test_what_has_no_weights_is_no_model_that_lacks_a_river(recwarn: pytest.WarningsRecorder) -> None:
+    backend = RiverBackend(RiverConfig(strict=True), compiler=as_it_is)
+    found = torch.compile(lambda mask: mask.cumsum(-1) - 1, backend=backend)(torch.ones(2, 3))
+    assert found.tolist() == [[0.0, 1.0, 2.0]] * 2
+    assert not recwarn.list
+
+
 def test_layers_whose_widths_no_group_divides_fall_back() -> None:
     config = transformers.LlamaConfig(
         num_hidden_layers=2,
