@@ -80,7 +80,7 @@ def compile_piece(
         else value
         for value in values
     ]
-    patches = {**_cacheable(module), **_fusible(module), **(options or {})}
+    patches = {**_cacheable(module), **_fusible(module, examples), **(options or {})}
     try:
         artifact = compiler(
             module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
@@ -119,14 +119,15 @@ def _cacheable(module: fx.GraphModule) -> dict[str, Any]:
     return {"unsafe_marked_cacheable_functions": {**known, **own}} if own else {}
 
 
-def _fusible(module: fx.GraphModule) -> dict[str, Any]:
+def _fusible(module: fx.GraphModule, values: Sequence[Any]) -> dict[str, Any]:
     """The setting without which Inductor fuses what reads flex attention into its template, and stops where a CPU's
     template takes nothing in: a product that is written as a sum, as the river's may be."""
     flexible = any(
         node.op == "call_function" and getattr(node.target, "__name__", "") == "flex_attention"
         for node in module.graph.nodes
     )
-    return {"epilogue_fusion": False} if flexible else {}
+    on_cpu = any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in values)
+    return {"epilogue_fusion": False} if flexible and on_cpu else {}
 
 
 @functools.cache
