@@ -1,6 +1,7 @@
 """Every command and example of README and docs/ runs, one page after the other, on a small model under their names.
 
-What is not run here: engines (no GPU), and EleutherAI's harness, which has its own environment in `tests/peers`.
+What is not run here: engines (no GPU), servers, which `tests/serve` runs, and EleutherAI's harness, which has its own
+environment in `tests/peers`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def place(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_run(page: Path, place: Path) -> None:
     for name, arguments in commands(page.read_text(encoding="utf-8")):
-        if name == "lm-eval" or any(word in argument for word in ELSEWHERE for argument in arguments):
+        if name in ("lm-eval", "serve") or any(word in argument for word in ELSEWHERE for argument in arguments):
             continue
         command = main.get_command(click.Context(main), name)
         assert command is not None
