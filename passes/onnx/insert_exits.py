@@ -17,11 +17,13 @@ from river_compile.passes.onnx.graph import OnnxGraph, toposorted
 from river_compile.passes.onnx.static_cache import KV_CACHE
 from river_compile.passes.onnx.twin import outer
 
-__all__ = ["EXIT_DEPTH", "TAU", "TAU_OFFSETS", "exit_points", "insert_exits"]
+__all__ = ["EXIT_DEPTH", "TAU", "TAU_OFFSETS", "THRESHOLDS", "exit_points", "insert_exits"]
 
 TAU = "river.tau"
 TAU_OFFSETS = "river.tau_offsets"
 EXIT_DEPTH = "river.exit_depth"
+THRESHOLDS = "river/thresholds"
+"""The node that gives each layer its threshold, where they differ, out of one tensor of all."""
 _MASK = "attention_mask"
 _FLOAT32 = np.dtype(np.float32)
 _LAST_AXIS = "river/last_axis"
@@ -107,7 +109,7 @@ def _thresholds(graph: OnnxGraph, layers: int, config: RiverConfig) -> list[gs.T
     chain = _Chain(graph.nodes, "river/thresholds/")
     every = chain.add("Add", [offsets, threshold], _FLOAT32)
     parts = [gs.Variable(f"river/threshold.{index}", _FLOAT32, [1]) for index in range(layers)]
-    graph.nodes.append(gs.Node("Split", "river/thresholds", {"axis": 0, "num_outputs": layers}, [every], parts))
+    graph.nodes.append(gs.Node("Split", THRESHOLDS, {"axis": 0, "num_outputs": layers}, [every], parts))
     return parts
 
 

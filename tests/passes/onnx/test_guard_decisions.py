@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def test_each_decision_is_in_a_branch_of_its_own(river: Path) -> None:
         assert not [node for node in branch.node if node.op_type == "ReduceL2"]
 
 
-def _similarities(path: Path, tau: float, offsets: Sequence[float] | None = None) -> float:
+def _similarities(path: Path, tau: float) -> float:
     """How many of the norms that a similarity is made of a decode pass computes."""
     decoder = OnnxDecoder(path)
     prompt = Prompt.read(decoder, np.array([[5, 9, 17, 33]]), 4)
