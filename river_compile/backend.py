@@ -244,8 +244,8 @@ class RiverBackend(State):
         return None
 
     def _fall_back(self, module: fx.GraphModule, inputs: Sequence[Any], error: RiverError) -> Compiled:
-        weights = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
-        if not weights and not any(True for _ in module.parameters()):
+        weights = _weights(inputs)
+        if not weights and next(module.parameters(), None) is None:
             # Not the model itself but what is computed beside it, such as a mask.
             return self._compile_whole(module, inputs)
         if self.config.strict:
@@ -270,6 +270,10 @@ def _localized(
     if local is None:
         return module, inputs, Spread(ranks)
     return local.module, [inputs[place] for place in local.order], Spread(ranks, local.order, local.shards)
+
+
+def _weights(inputs: Sequence[Any]) -> list[torch.nn.Parameter]:
+    return [value for value in inputs if isinstance(value, torch.nn.Parameter)]
 
 
 def _raising(error: RiverError) -> Compiled:
@@ -318,7 +322,7 @@ def river(
         config = RiverConfig.from_options(options)
     except ConfigError as error:
         return _raising(error)
-    parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
+    parameters = _weights(inputs)
     known = MODELS.known(parameters, config)
     compiler = known.compiler if known is not None else None
     if compiler is None:
