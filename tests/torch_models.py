@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.passes.fx.graph import FxGraph, import_graph
+from river_compile.runtime.drafting import Costs, DraftLength
+from river_compile.runtime.exact import Experience
 from tests.families import FAMILIES, VOCABULARY, random_model
 
 # Tests run in as many workers as there are cores.
@@ -35,6 +38,17 @@ def family_and_cache(quick: Collection[tuple[str, str]]) -> list[Any]:
 def as_it_is(module: fx.GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
     """A piece compiler that compiles nothing: the passes and the dispatch are what is tested, and Inductor is slow."""
     return module
+
+
+def drafts_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exact decoding draft: small models are all overhead, and by what their passes cost it would not."""
+    sizes = [(count, river) for count in range(1, 9) for river in (True, False)]
+
+    def experience(model: Any) -> Experience:
+        return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 4: 1.1}), 3) for size in sizes})
+
+    monkeypatch.setattr("river_compile.exact_generate._experience_of", experience)
+    monkeypatch.setattr("river_compile.exact_generate.time", SimpleNamespace(perf_counter=lambda: 0.0))
 
 
 def capture(family: str, cache: str, layers: int = 4) -> list[FxGraph]:

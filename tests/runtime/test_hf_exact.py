@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from river_compile.runtime import hf_exact
 from river_compile.runtime.drafting import Costs, DraftLength
 from river_compile.runtime.exact import Experience
 from tests.families import VOCABULARY, random_model
-from tests.torch_models import as_it_is
+from tests.torch_models import as_it_is, drafts_cost_nothing
 
 LAYERS = 3
 DYNAMIC: dict[str, Any] = {}
@@ -34,13 +33,7 @@ def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces are not compiled, products are float, and drafts cost next to nothing: small models are all overhead."""
     monkeypatch.setattr(seam, "compile_piece", as_it_is)
     monkeypatch.setattr("river_compile.backend.lowering_for", lambda device: Dequantized())
-    sizes = [(count, river) for count in range(1, 9) for river in (True, False)]
-
-    def experience(model: Any) -> Experience:
-        return Experience(0.0, {size: DraftLength(Costs(1e-6, {1: 1.0, 4: 1.1}), 3) for size in sizes})
-
-    monkeypatch.setattr("river_compile.exact_generate._experience_of", experience)
-    monkeypatch.setattr("river_compile.exact_generate.time", SimpleNamespace(perf_counter=lambda: 0.0))
+    drafts_cost_nothing(monkeypatch)
     torch.compiler.reset()
 
 

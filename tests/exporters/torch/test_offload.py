@@ -18,12 +18,9 @@ from river_compile import RiverBackend, RiverConfig
 from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.torch import offload
 from river_compile.exporters.torch.linear import Dequantized
-from river_compile.runtime import hf_exact
-from river_compile.runtime.drafting import Costs, DraftLength
-from river_compile.runtime.exact import Experience
 from tests.families import random_model
 from tests.mapped_memory import inode, only_where_told, resident
-from tests.torch_models import as_it_is, play, prompt
+from tests.torch_models import as_it_is, drafts_cost_nothing, play, prompt
 
 LAYERS, STAY = 3, 1
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -212,10 +209,7 @@ def test_what_is_done_with_parameters_goes_on(tmp_path: Path) -> None:
 
 
 def test_exact_tokens_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As if drafts cost next to nothing: small models are all overhead, and would not draft at all.
-    lengths = {(1, river): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for river in (True, False)}
-    monkeypatch.setattr("river_compile.exact_generate._experience_of", lambda model: Experience(0.0, lengths))
-    monkeypatch.setattr(hf_exact.HfPasses, "clock", staticmethod(lambda: 0.0))
+    drafts_cost_nothing(monkeypatch)
     model = random_model("llama", LAYERS)
     expected = model.generate(prompt(1, 5), **GREEDY)
     compiled = quick(model, exact=True)
