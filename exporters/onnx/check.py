@@ -14,6 +14,7 @@ import onnx
 
 from river_compile.config import NEVER
 from river_compile.errors import InputError, PassError
+from river_compile.exporters.onnx.cache_forms import NUMPY
 from river_compile.exporters.onnx.normal_form import without_weights
 from river_compile.exporters.onnx.rewrite import Rewrite
 from river_compile.exporters.onnx.signature import Signature
@@ -246,7 +247,7 @@ def _values(name: str, kind: str, sizes: Sequence[int], rng: np.random.Generator
     dtype = _DTYPES.get(kind)
     if dtype is None:
         raise InputError(f"input {name!r} is of type {kind}")
-    kind_of = np.dtype(dtype).kind
+    kind_of = dtype.kind
     if kind_of == "f":
         values = np.zeros(sizes) if "mask" in name else rng.standard_normal(sizes) * 0.1
     elif kind_of == "b" or "mask" in name:
@@ -258,13 +259,8 @@ def _values(name: str, kind: str, sizes: Sequence[int], rng: np.random.Generator
     return values.astype(dtype)
 
 
-_DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(bool)": np.bool_,
-    **{f"tensor({name})": np.dtype(name) for name in ("int64", "int32", "int16", "int8", "uint8")},
-}
+# Caches and tokens are of NUMPY; other inputs may be of these as well.
+_DTYPES = NUMPY | {f"tensor({name})": np.dtype(name) for name in ("double", "int16", "int8", "uint8")}
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -55,6 +55,8 @@ def profile_operators(way: Way, prompt: Prompt, new_tokens: int) -> Operators:
         decoder.session = onnxruntime.InferenceSession(
             str(decoder.path), options, providers=decoder.session.get_providers()
         )
+        # The options are the decoder's own, not a copy.
+        options.enable_profiling = False
         profiled = dataclasses.replace(way, decoder=decoder, row=BenchRow(way.row.name, way.row.tau, way.row.max_depth))
         for _ in range(2):
             profiled.run(prompt, new_tokens, keep=False)

@@ -19,6 +19,7 @@ from river_compile.measure.bench_rows import BenchRow, interleave
 from river_compile.measure.fidelity import load_tokenizer
 from river_compile.measure.onnx_bench import BenchPoint, bench_onnx
 from river_compile.measure.onnx_models import open_models
+from river_compile.measure.onnx_profile import profile_operators
 from river_compile.measure.onnx_ways import Prompt, Way, some_prompts
 from river_compile.measure.onnx_weights import ReadWeights
 from river_compile.runtime import OnnxDecoder
@@ -301,3 +302,10 @@ def test_rounds_are_interleaved_and_the_first_warms_up() -> None:
     ways = [lambda keep, name=name: called.append((name, keep)) for name in "ab"]
     interleave(ways, 2, lambda step, done, total: None)
     assert called == [("a", False), ("b", False), *[("a", True), ("b", True)] * 2]
+
+
+def test_profiling_leaves_the_decoder_as_it_was(river: Path) -> None:
+    decoder = OnnxDecoder(river)
+    prompt = Prompt.read(decoder, np.array([[5, 9, 17, 33]]), 4)
+    profile_operators(Way(BenchRow("row", NEVER, LAYERS), decoder, ReadWeights.of(river)), prompt, 4)
+    assert not decoder.session.get_session_options().enable_profiling
