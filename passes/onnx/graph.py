@@ -268,7 +268,8 @@ def _name_nodes(surgeon: gs.Graph) -> None:
 
 
 def export_model(graph: OnnxGraph) -> onnx.ModelProto:
-    """The model of a graph. Weights that lie in external data still point there."""
+    """The model of a graph. Weights that lie in external data still point there; those of the graph's own lie in the
+    model from then on, and once only."""
     with _quiet_surgeon():
         model: onnx.ModelProto = gs.export_onnx(graph.surgeon, do_type_check=False)
     present = {tensor.name for tensor in model.graph.initializer}
@@ -276,6 +277,7 @@ def export_model(graph: OnnxGraph) -> onnx.ModelProto:
         constant = graph.weights.get(name)
         if constant is not None and name not in present:
             model.graph.initializer.append(_tensor_proto(constant))
+            constant._values = LazyValues(model.graph.initializer[-1])
     del model.graph.input[:]
     del model.graph.output[:]
     known = {value.name for value in graph.inputs}

@@ -20,6 +20,7 @@ from river_compile.exporters.onnx import rewrite
 from river_compile.passes.onnx.graph import bodies
 from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
+from tests.families import LAYERS
 from tests.lora import with_lora
 from tests.oracle import Player, session
 from tests.traced_model import traced_model
@@ -167,6 +168,11 @@ def test_lora_inputs_are_fed(model: Path, tmp_path: Path) -> None:
     with_lora(model, tmp_path / "lora.onnx", ["q_proj"], default=False, turned=True)
     notes = export(tmp_path / "lora.onnx", tmp_path / "out.onnx").notes
     assert not [note for note in notes if "not run" in note]
+
+
+def test_exits_are_off_where_thresholds_of_layers_lie_below_any_similarity(exported: Exported, tmp_path: Path) -> None:
+    offsets = (-3.0,) + (0.0,) * (LAYERS - 1)
+    export(exported("llama"), tmp_path / "out.onnx", RiverConfig(tau_offsets=offsets))
 
 
 def test_results_that_are_no_numbers_are_the_same_ones(model: Path, tmp_path: Path) -> None:
