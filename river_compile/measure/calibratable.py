@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -65,7 +64,7 @@ class OnnxCalibratable:
         self.name = path.name
         self.layers = self._decoder.layers
         self.has_offsets = self._decoder.has_offsets
-        config = json.loads(self._decoder.session.get_modelmeta().custom_metadata_map["river.config"])
+        config = self._decoder.exported_config
         if config["max_depth"] is not None:
             raise InputError(f"{path}: its exit depth is limited by max_depth; calibrate a model without a limit")
         self.min_depth = int(config["min_depth"])

@@ -120,8 +120,7 @@ class OnnxSubject:
 
     @property
     def details(self) -> dict[str, str]:
-        metadata: dict[str, str] = self.decoder.session.get_modelmeta().custom_metadata_map
-        return {key: value for key, value in metadata.items() if key.startswith("river.") and key != "river.cache"}
+        return {key: value for key, value in self.decoder.metadata.items() if key != "river.cache"}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
