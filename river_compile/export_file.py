@@ -98,9 +98,9 @@ def export_file(
         if beside is not None:
             with steps("write beside"):
                 beside(source)
-    drafts = tuning.drafts if tuning is not None else None
-    if drafts is not None:
-        onnx_file.note(target, {"river.exact": json.dumps(drafts)})
+    drafts, speeds = (tuning.drafts, tuning.speeds) if tuning is not None else (None, None)
+    if evidence := {name: found for name, found in (("exact", drafts), ("speed", speeds)) if found is not None}:
+        onnx_file.note(target, {f"river.{name}": json.dumps(found) for name, found in evidence.items()})
     agreement = _agreement(quality, target, config, steps, progress, notes)
     seconds = steps.seconds | {"total": time.perf_counter() - started}
     return ExportReport(
@@ -120,6 +120,7 @@ def export_file(
         seconds={name: round(value, 3) for name, value in seconds.items()},
         agreement=agreement,
         drafts=drafts,
+        speeds=speeds,
     )
 
 

@@ -60,6 +60,11 @@ class TuningTexts(Protocol):
         """What `applied` has measured of rivers as drafters, if it has: types of JSON."""
         ...
 
+    @property
+    def speeds(self) -> Mapping[str, Any] | None:
+        """What `applied` has measured of forms of the river, if it has: types of JSON."""
+        ...
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -105,6 +110,7 @@ class ExportReport:
         notes: what did not go as asked, a line each.
         seconds: wall time for each step, and "total", which they add up to.
         agreement: with the backbone; None if it was not measured.
+        drafts, speeds: what was measured to choose the river by, see `TuningTexts`.
     """
 
     source: str
@@ -123,6 +129,7 @@ class ExportReport:
     seconds: dict[str, float]
     agreement: Agreement | None = None
     drafts: Mapping[str, Any] | None = None
+    speeds: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """The report as one JSON object."""

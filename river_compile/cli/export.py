@@ -44,6 +44,7 @@ Examples:
   river-export model.onnx --tau 0.95 --min-depth 2
   river-export model.onnx --bits-for '*down_proj*=8' --keep-layers 0,-1
   river-export model.onnx --activations float   the paper's W4A16, slower on a CPU
+  river-export model.onnx --tune-speed --tokenizer hf_folder   the form that is fastest here
 """
 
 
@@ -107,6 +108,12 @@ def _bits_for(
     help="A river for exact decoding: it only drafts, and generation gives the original's own tokens. Where there is a "
     "tokenizer, quantizer and bits are chosen for the highest measured speed.",
 )
+@click.option(
+    "--tune-speed",
+    is_flag=True,
+    help="Choose group size, activations, bits and those of the LM head by measuring on this machine: the fastest that "
+    "agrees with the backbone as often as what was asked for. Needs a tokenizer; takes minutes.",
+)
 @click.option("--max-depth", type=int, help="Leave after this many layers at the latest; 0: all river.")
 @click.option(
     "--exit-every", type=int, metavar="K", default=1, show_default=True, help="An exit after every K-th layer."
@@ -139,7 +146,7 @@ def _bits_for(
     is_flag=True,
     help="Do not compare the river with its backbone in the end, on some 300 tokens; done where there is a tokenizer.",
 )
-@texts_option("tuning texts of the package", "--tuning-texts", ", for gptq, bit budgets and --exact")
+@texts_option("tuning texts of the package", "--tuning-texts", ", for gptq, bit budgets, --exact and --tune-speed")
 @chat_option
 @click.option("--avg-bits", type=float, help="Choose 4 bits, 8 bits or float for each linear layer; so many on average")
 @click.option("--max-kl", type=float, help="Likewise, as few bits as keep the expected KL divergence below this.")
@@ -184,6 +191,7 @@ def main(
     layer_tau: bool,
     min_depth: int,
     exact: bool,
+    tune_speed: bool,
     max_depth: int | None,
     exit_every: int,
     keep_layers: tuple[int, ...],
@@ -244,12 +252,12 @@ def main(
         external_data=external_data,
         dump_dir=dump_dir,
     )
-    if dry_run and (avg_bits is not None or max_kl is not None):
-        raise ConfigError("avg_bits" if max_kl is None else "max_kl", "a dry run measures nothing that could be spent")
+    if dry_run:
+        _refuse_measuring(avg_bits=avg_bits, max_kl=max_kl, tune_speed=tune_speed or None)
     from river_compile.api import export, plan
 
     if target == "tensorrt":
-        if avg_bits is not None or max_kl is not None or sensitivity:
+        if avg_bits is not None or max_kl is not None or sensitivity or tune_speed:
             raise ConfigError("target", "an engine's bits are planned by --bits and --bits-for only")
         config = river_defaults(click.get_current_context(), config)
         if not dry_run:
@@ -279,7 +287,9 @@ def main(
             report, text = planned.report, planned.to_json()
         else:
             planned = None
-            tuning = _tuning(model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity)
+            tuning = _tuning(
+                model, config, tokenizer, tuning_texts, chat, avg_bits, max_kl, sensitivity, fast=tune_speed
+            )
             quality = None if no_quality else _quality(model, tokenizer, chat)
             report = export(
                 model,
@@ -299,6 +309,12 @@ def main(
         show_plan(console, planned)
     else:
         show_report(console, report)
+
+
+def _refuse_measuring(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(name, "a dry run measures nothing")
 
 
 def _quality(model: str, tokenizer: str | None, chat: bool) -> AgreementTexts | None:
@@ -326,6 +342,8 @@ def _tuning(
     avg_bits: float | None = None,
     max_kl: float | None = None,
     sensitivity: Path | None = None,
+    *,
+    fast: bool = False,
 ) -> Tuning | None:
     """Tuning, if any option asks for it or the quantizer does."""
     from river_compile.exporters.quantizers import quantizer
@@ -333,6 +351,8 @@ def _tuning(
     from river_compile.measure.tuning import Tuning
     from river_compile.passes.quantizer import ActivationAware
 
+    if fast and config.exact:
+        raise ConfigError("tune_speed", "measures a river with exits; --exact chooses by speed itself")
     if config.exact and (tokenizer is not None or Path(model).is_dir()):
         if avg_bits is not None or max_kl is not None or sensitivity:
             raise ConfigError("exact", "chooses bits by measured speed; a budget of bits is for a river that decides")
@@ -340,11 +360,16 @@ def _tuning(
 
         return DraftTuning(load_tokenizer(tokenizer or model, chat=chat), load_texts(texts) if texts else None)
     aware = isinstance(quantizer(config.quantizer), ActivationAware)
-    if not (aware or texts or avg_bits is not None or max_kl is not None or sensitivity):
+    if not (fast or aware or texts or avg_bits is not None or max_kl is not None or sensitivity):
         return None
     if tokenizer is None and Path(model).is_file():
         raise ConfigError("tokenizer", "tuning texts need the model's tokenizer: name its folder with --tokenizer")
-    return Tuning(
+    kind = Tuning
+    if fast:
+        from river_compile.measure.speed import SpeedTuning
+
+        kind = SpeedTuning
+    return kind(
         load_tokenizer(tokenizer or model, chat=chat),
         load_texts(texts) if texts else None,
         avg_bits,

@@ -31,6 +31,8 @@ def show_report(console: Console, report: ExportReport) -> None:
         console.print(f"wrote {report.output}", soft_wrap=True)
     if report.drafts is not None:
         _show_drafts(console, report.drafts)
+    if report.speeds is not None:
+        _show_speeds(console, report.speeds)
 
 
 def _rows(report: ExportReport) -> list[tuple[str, str]]:
@@ -102,3 +104,27 @@ def _show_drafts(console: Console, drafts: Mapping[str, Any]) -> None:
     best = drafts["points"][drafts["chosen"]]
     output = f"{best['differing']} TOKENS DIFFER" if best["differing"] else "same output"
     console.print(f"[bold]{best['measured']:.2f} times faster, {output}[/bold] (exact decoding, greedy, batch 1)")
+
+
+def _show_speeds(console: Console, speeds: Mapping[str, Any]) -> None:
+    """The forms of the river that were tried."""
+    caption = f"all river beside the backbone on {speeds['cpu']}, {speeds['tokens']} tokens; * is the one written"
+    table = Table(box=box.SIMPLE, caption=caption)
+    for column in ("bits", "group", "activations", "head", "all river", "speed-up", "agrees"):
+        table.add_column(column, justify="right")
+    for index, point in enumerate(speeds["points"]):
+        table.add_row(
+            ("* " if index == speeds["chosen"] else "") + str(point["bits"]),
+            str(point["group_size"]),
+            point["activations"],
+            str(point["head_bits"]),
+            f"{point['river_ms']:.1f} ms",
+            f"{point['speedup']:.2f}x",
+            f"{point['agreement']:.1%}",
+        )
+    console.print(table)
+    if speeds["spoilt"] is not None:
+        console.print(
+            f"int8 activations cost {speeds['spoilt']:.0%} of the tokens beside float ones: this model has huge "
+            "activations, which eight bits do not hold"
+        )

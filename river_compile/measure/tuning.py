@@ -57,6 +57,11 @@ class Tuning:
         """Nothing is measured of drafts."""
         return None
 
+    @property
+    def speeds(self) -> Mapping[str, Any] | None:
+        """Nothing is measured of forms."""
+        return None
+
     def ids(self, model: onnx.ModelProto) -> list[np.ndarray]:
         """Token ids of the texts, int64 [tokens] each.
 
