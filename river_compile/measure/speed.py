@@ -18,7 +18,7 @@ from river_compile.exporters.quantizers import quantizer
 from river_compile.measure.machine import cpu_name
 from river_compile.measure.tuning import Tuning
 from river_compile.passes.quantizer import ActivationAware
-from river_compile.runtime import OnnxDecoder
+from river_compile.runtime import OnnxDecoder, State
 
 __all__ = ["SpeedPlan", "SpeedPoint", "SpeedTuning", "choose_for_speed"]
 
@@ -167,8 +167,8 @@ class _Tried:
         """Raise what is enough, where int8 activations cost much of it."""
         asked, first = self.configs[0], self.points[0]
         if asked.activations == "int8":
-            exact = self.points[self.configs.index(replace(asked, activations=FLOAT))]
-            lost = exact.agreement - first.agreement
+            unrounded = self.points[self.configs.index(replace(asked, activations=FLOAT))]
+            lost = unrounded.agreement - first.agreement
             self.spoilt = round(lost, 4) if lost > _SPOILT else None
 
     def add(self, config: RiverConfig) -> None:
@@ -223,6 +223,7 @@ def _chosen(decoder: OnnxDecoder, text: np.ndarray, depth: int | None) -> np.nda
     return np.concatenate([_run(decoder, part, state, depth)[0].argmax(-1) for part in parts])
 
 
-def _run(decoder: OnnxDecoder, ids: np.ndarray, state: Any, depth: int | None) -> np.ndarray:
-    run = decoder.backbone(ids, state) if depth is None else decoder.forward(ids, state, None, None, depth)
-    return run[0]
+def _run(decoder: OnnxDecoder, ids: np.ndarray, state: State, depth: int | None) -> np.ndarray:
+    """Logits of a pass: of the backbone, if there is no depth."""
+    made = decoder.backbone(ids, state) if depth is None else decoder.forward(ids, state, max_depth=depth)
+    return made[0]
