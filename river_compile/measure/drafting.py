@@ -24,6 +24,7 @@ from river_compile.measure.machine import cpu_name
 from river_compile.measure.sensitivity import divergence, starts
 from river_compile.measure.tuning import Tuning
 from river_compile.passes.quantizer import ActivationAware
+from river_compile.reports import ExportReport
 from river_compile.runtime import OnnxDecoder
 from river_compile.runtime.drafting import Costs, DraftLength, expected_speedup
 from river_compile.runtime.exact import Experience
@@ -34,6 +35,7 @@ __all__ = [
     "DraftTuning",
     "acceptance_by_place",
     "choose_for_drafting",
+    "export_candidate",
     "fixed_length",
     "measure_drafts",
     "timed_ratio",
@@ -178,8 +180,7 @@ class _Tried:
         number = len(self.configs)
         self._progress("try rivers as drafters", number, number + 1)
         file = self._folder / str(number) / "model.onnx"
-        tuning = self._tuning if isinstance(quantizer(config.quantizer), ActivationAware) else None
-        report = export(self._model, file, replace(config, external_data=True), tuning=tuning, check=False)
+        report = export_candidate(self._model, file, config, self._tuning)
         self.configs.append(config)
         self.points.append(measure_drafts(OnnxDecoder(file), self._prompts, config, report.average_bits))
         self.kept[number] = file
@@ -207,6 +208,12 @@ class _Tried:
             measured = round(statistics.median(ratios), 3)
             self.points[index] = replace(self.points[index], measured=measured, differing=differing)
         self._progress("time the best drafters", len(self.kept), len(self.kept))
+
+
+def export_candidate(model: Path, file: Path, config: RiverConfig, tuning: Tuning) -> ExportReport:
+    """Make a river to be measured: its weights beside it, so that they are mapped, and unchecked."""
+    texts = tuning if isinstance(quantizer(config.quantizer), ActivationAware) else None
+    return export(model, file, replace(config, external_data=True), tuning=texts, check=False)
 
 
 def _prompts(ids: Sequence[np.ndarray]) -> list[list[int]]:

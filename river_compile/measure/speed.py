@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from river_compile.api import export
-from river_compile.config import FLOAT, GROUP_SIZES, RiverConfig
-from river_compile.exporters.quantizers import quantizer
+from river_compile.config import ACTIVATIONS, FLOAT, GROUP_SIZES, RiverConfig
+from river_compile.measure.drafting import export_candidate
 from river_compile.measure.machine import cpu_name
 from river_compile.measure.tuning import Tuning
-from river_compile.passes.quantizer import ActivationAware
 from river_compile.runtime import OnnxDecoder, State
 
 __all__ = ["SpeedPlan", "SpeedPoint", "SpeedTuning", "choose_for_speed"]
@@ -128,7 +126,7 @@ def choose_for_speed(
         tried = _Tried(model, tuning, [text[:_TOKENS] for text in ids[:_TEXTS]], Path(folder), progress)
         others = [
             replace(config, activations=activations, group_size=group_size)
-            for activations in (config.activations, *({"int8", FLOAT} - {config.activations}))
+            for activations in (config.activations, *(kind for kind in ACTIVATIONS if kind != config.activations))
             for group_size in (config.group_size, *(size for size in GROUP_SIZES if size != config.group_size))
         ]
         for other in others:
@@ -138,17 +136,18 @@ def choose_for_speed(
         for head_bits in (8, 4) if config.head_bits == FLOAT else ():
             tried.add(replace(tried.best, head_bits=head_bits))
     chosen = tried.configs.index(tried.best)
-    return SpeedPlan(tried.best, tuple(tried.points), chosen, tried.spoilt, sum(map(len, tried.texts)))
+    return SpeedPlan(tried.best, tuple(tried.points), chosen, tried.spoilt, sum(map(len, tried.expected)))
 
 
 class _Tried:
-    """The forms tried so far, and the best of them."""
+    """The forms tried so far, and the best of them; ``expected`` is what the backbone chooses in each text."""
 
     def __init__(
         self, model: Path, tuning: Tuning, texts: Sequence[np.ndarray], folder: Path, progress: Progress
     ) -> None:
         self._model, self._tuning, self._folder, self._progress = model, tuning, folder, progress
-        self.texts = texts
+        self._texts = texts
+        self.expected: list[np.ndarray] = []
         self.configs: list[RiverConfig] = []
         self.points: list[SpeedPoint] = []
         self.spoilt: float | None = None
@@ -176,11 +175,14 @@ class _Tried:
         self._progress("try forms of the river", len(self.configs), len(self.configs) + 1)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             file = Path(folder) / "model.onnx"
-            tuning = self._tuning if isinstance(quantizer(config.quantizer), ActivationAware) else None
-            export(self._model, file, replace(config, external_data=True), tuning=tuning, check=False)
+            export_candidate(self._model, file, config, self._tuning)
             decoder = OnnxDecoder(file)
-            river, backbone = _seconds(decoder, np.resize(self.texts[0], _CONTEXT))
-            same = np.concatenate([_chosen(decoder, text, 0) == _chosen(decoder, text, None) for text in self.texts])
+            river, backbone = _seconds(decoder, np.resize(self._texts[0], _CONTEXT))
+            if not self.expected:
+                # All forms have one backbone.
+                self.expected = [_chosen(decoder, text, None) for text in self._texts]
+            pairs = zip(self._texts, self.expected, strict=True)
+            same = np.concatenate([_chosen(decoder, text, 0) == expected for text, expected in pairs])
         self.configs.append(config)
         self.points.append(
             SpeedPoint(

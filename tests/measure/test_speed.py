@@ -116,9 +116,8 @@ def test_huge_activations_are_seen(tmp_path: Path) -> None:
             ):
                 norm.weight[::16] *= 30
                 for name in linears:
-                    getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name).weight[:, ::16] /= (
-                        30
-                    )
+                    part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+                    getattr(part, name).weight[:, ::16] /= 30
     export_decoder(model, tmp_path / "model.onnx")
     tuning = SpeedTuning(BYTES, TEXTS)
     export(tmp_path / "model.onnx", tmp_path / "m.onnx", RiverConfig(bits=8), tuning=tuning)
