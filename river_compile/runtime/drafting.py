@@ -52,20 +52,23 @@ class Costs:
         return self.draft if self.draft is not None else _DRAFT_SHARE * self.of_pass(1)
 
     def of_pass(self, rows: int) -> float:
-        """One row as it was measured; more by a line through what was measured of several, since single times err."""
+        return float(self.of_passes(np.array([rows]))[0])
+
+    def of_passes(self, rows: np.ndarray) -> np.ndarray:
+        """Seconds of passes of so many rows, float64 like ``rows``: between those that were measured on a straight line.
+
+        Products are often as fast for a few rows as for one, and slower by half from some number on: a line through
+        all of them would hide where. More rows cannot be faster; what says so is noise, and is smoothed.
+        """
         if not self.rows:
-            return 1.0 + _ROW_SHARE * (rows - 1)
-        if rows == 1 and 1 in self.rows:
-            return self.rows[1]
-        several = [count for count in self.rows if count > 1]
-        known = np.array(several if len(several) > 1 else list(self.rows))
+            return np.asarray(1.0 + _ROW_SHARE * (rows - 1))
+        known = np.array(sorted(self.rows))
         times = np.array([self.rows[count] for count in known])
-        if len(known) == 1:
-            return float(times[0] * (1 + _ROW_SHARE * (rows - 1)) / (1 + _ROW_SHARE * (known[0] - 1)))
-        offsets = known - known.mean()
-        # More rows cannot be faster; what says so is noise.
-        slope = max(float(offsets @ times / (offsets @ offsets)), 0.0)
-        return max(float(times.mean() + slope * (rows - known.mean())), self.rows.get(1, 0.0))
+        times = (np.maximum.accumulate(times) + np.minimum.accumulate(times[::-1])[::-1]) / 2
+        beyond = _ROW_SHARE * times[-1] / (1 + _ROW_SHARE * (known[-1] - 1))
+        if len(known) > 1:
+            beyond = (times[-1] - times[0]) / (known[-1] - known[0])
+        return np.interp(rows, known, times) + beyond * np.maximum(rows - known[-1], 0)
 
 
 def _towards(mean: float | None, value: float) -> float:
@@ -160,19 +163,16 @@ class DraftLength:
         By what is known of acceptance and costs, not by what the last rounds happened to reach: a lucky round would
         make all that follow look too slow to be worth a draft.
         """
-        best, tokens, survival = 1 / self.costs.of_pass(1), 1.0, 1.0
-        for count in range(1, self.most + 1):
-            survival *= self._river.next(count - 1)
-            tokens += survival
-            best = max(best, tokens / (count * self.costs.of_draft() + self.costs.of_pass(count + 1)))
-        return best
+        counts = np.arange(self.most + 1)
+        tokens = 1 + np.append(0.0, np.cumsum(np.cumprod([self._river.next(count) for count in counts[:-1]])))
+        return float(np.max(tokens / (counts * self.costs.of_draft() + self.costs.of_passes(counts + 1))))
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:
         """Probability that verification accepts drafts of these top probabilities, float [sequences]."""
         return self._river.made(confidence)
 
     def pays(self, survival: np.ndarray, drafted: int, room: int) -> bool:
-        """Whether another draft pays.
+        """Whether another draft pays, by itself or with some more behind it.
 
         Args:
             survival: probability that all drafts so far are accepted, float [sequences].
@@ -185,20 +185,20 @@ class DraftLength:
             # What speaks against drafting may be out of date; asking costs less and less often.
             self._patience = min(2 * self._patience, _PROBE_EVERY)
             return True
-        gain = float(survival.mean()) * self._river.next(drafted)
-        cost = self.costs.of_draft() + self.costs.of_pass(drafted + 2) - self.costs.of_pass(drafted + 1)
-        return bool(gain > max(_SLACK * self.rate, 1 / self.costs.of_pass(1)) * cost)
+        counts = np.arange(drafted, min(self.most, room))
+        gains = float(survival.mean()) * np.cumsum(np.cumprod([self._river.next(count) for count in counts]))
+        passes = self.costs.of_passes(np.append(counts, counts[-1] + 1) + 1)
+        costs = (1 + counts - drafted) * self.costs.of_draft() + passes[1:] - passes[0]
+        return bool(np.any(gains > max(_SLACK * self.rate, 1 / self.costs.of_pass(1)) * costs))
 
     def text_drafts(self, found: int, room: int) -> int:
         """How many of the tokens found in the text are worth a row each; 0 where the river's drafts are better."""
-        best, survival, expected = 0, 1.0, 1.0
-        reached = self.rate
-        for count in range(1, min(found, self.most, room) + 1):
-            survival *= self._text.of(count - 1)
-            expected += survival
-            rate = expected / self.costs.of_pass(count + 1)
-            if rate > reached:
-                best, reached = count, rate
+        counts = np.arange(1, min(found, self.most, room) + 1)
+        best, reached = 0, self.rate
+        if len(counts):
+            tokens = 1 + np.cumsum(np.cumprod([self._text.of(count - 1) for count in counts]))
+            rates = tokens / self.costs.of_passes(counts + 1)
+            best = int(counts[rates.argmax()]) if rates.max() > reached else 0
         self._passed_over = 0 if best or not found else self._passed_over + 1
         if self._passed_over == _FIRST_PROBE:
             self._text.forget()

@@ -8,9 +8,9 @@ passes of several rows could turn greedy choices all the same, nothing is drafte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Drafting", "Experience", "exact_steps"]
 
-_MEASURED_ROWS, _REPEATS = 5, 4
+_MEASURED_ROWS, _REPEATS = (3, 5), 3
 # Twice for the two tokens of a margin, twice more since a few rows are a small sample.
 _TIE_SAFETY = 4.0
 
@@ -104,7 +104,7 @@ def exact_steps(
     if not any(sequence.left for sequence in sequences):
         return
     sequences = _go_on(passes, state, sequences, [0] * len(sequences))
-    length = _length(passes, state, sequences, drafting, experience, min(_MEASURED_ROWS, max_new_tokens))
+    length = _length(passes, state, sequences, drafting, experience, max_new_tokens)
     # Sequences that accept different numbers move in the cache, and attention over other slots rounds otherwise.
     if passes.coarse and choice.greedy and (experience.tie or len(sequences) > 1):
         drafting = replace(drafting, river=False, lookup=False)
@@ -301,12 +301,17 @@ def _length(
     sequences: Sequence[_Sequence],
     drafting: Drafting,
     experience: Experience,
-    rows: int,
+    room: int,
 ) -> DraftLength:
-    """The rule for the draft length, with the costs measured on the first use of a batch size."""
+    """The rule for the draft length, with the costs measured on the first use of a batch size.
+
+    Args:
+        room: how many tokens the cache certainly takes.
+    """
     key = (len(sequences), drafting.max_depth == 0)
     if experience.tie is None or key not in experience.lengths:
-        tokens = [[sequence.tokens[index % len(sequence.tokens)] for index in range(rows)] for sequence in sequences]
+        places = range(min(max(_MEASURED_ROWS), room))
+        tokens = [[sequence.tokens[place % len(sequence.tokens)] for place in places] for sequence in sequences]
         tie, costs = _measure(passes, state, np.array(tokens), drafting)
         experience.tie = max(tie, experience.tie or 0.0)
         experience.lengths.setdefault(key, DraftLength(costs, drafting.most))
@@ -314,7 +319,10 @@ def _length(
 
 
 def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) -> tuple[float, Costs]:
-    """How differently a pass of several rows and passes of one round, and what passes cost; the state stays.
+    """How differently passes of several rows and of one round, and what passes cost; the state stays.
+
+    Args:
+        ids: tokens to read, int64 [sequences, rows]: the most that are read at once.
 
     Returns:
         The margin within which two choices cannot be told apart by a pass of several rows, and the costs.
@@ -327,19 +335,23 @@ def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) 
         alone.append(passes.clock() - started)
     passes.back(state, mark)
     costs.rows[1] = min(alone)
-    # The first pass of a kind allocates, or compiles; the least of several is what no other process had a share in.
-    seconds = []
+    expected, differing = np.stack(rows, 1), 0.0
+    for count in sorted({min(count, ids.shape[1]) for count in _MEASURED_ROWS}):
+        together, costs.rows[count] = _timed(passes, state, lambda: passes.backbone(ids[:, :count], state)[0])  # noqa: B023
+        differing = max(differing, float(np.abs(expected[:, :count] - together).max()))
+    if drafting.river:
+        tau, depth = drafting.tau, drafting.max_depth
+        _, costs.draft = _timed(passes, state, lambda: passes.forward(ids[:, :1], state, None, tau, depth))
+    return _TIE_SAFETY * differing, costs
+
+
+def _timed(passes: Passes, state: State, run: Callable[[], Any]) -> tuple[Any, float]:
+    """What a pass gives, and its seconds: the least of several, that no other process had a share in. The first of a
+    kind, which allocates or compiles, does not count. The state stays."""
+    mark, seconds = passes.mark(state), []
     for _ in range(_REPEATS):
         started = passes.clock()
-        together = passes.backbone(ids, state)[0]
+        result = run()
         seconds.append(passes.clock() - started)
         passes.back(state, mark)
-    costs.rows[ids.shape[1]] = min(seconds[1:])
-    seconds = []
-    for _ in range(_REPEATS if drafting.river else 0):
-        started = passes.clock()
-        passes.forward(ids[:, :1], state, None, drafting.tau, drafting.max_depth)
-        seconds.append(passes.clock() - started)
-        passes.back(state, mark)
-    costs.draft = min(seconds[1:], default=None)
-    return _TIE_SAFETY * float(np.abs(np.stack(rows, 1) - together).max()), costs
+    return result, min(seconds[1:])
