@@ -55,7 +55,7 @@ class Costs:
         return float(self.of_passes(np.array([rows]))[0])
 
     def of_passes(self, rows: np.ndarray) -> np.ndarray:
-        """Seconds of passes of so many rows, float64 like ``rows``: between those that were measured on a straight line.
+        """Seconds of passes of so many rows, float64 like ``rows``: on straight lines between those that were measured.
 
         Products are often as fast for a few rows as for one, and slower by half from some number on: a line through
         all of them would hide where. More rows cannot be faster; what says so is noise, and is smoothed.
@@ -68,7 +68,7 @@ class Costs:
         beyond = _ROW_SHARE * times[-1] / (1 + _ROW_SHARE * (known[-1] - 1))
         if len(known) > 1:
             beyond = (times[-1] - times[0]) / (known[-1] - known[0])
-        return np.interp(rows, known, times) + beyond * np.maximum(rows - known[-1], 0)
+        return np.asarray(np.interp(rows, known, times) + beyond * np.maximum(rows - known[-1], 0))
 
 
 def _towards(mean: float | None, value: float) -> float:
@@ -107,8 +107,9 @@ class _RiverAcceptance:
     def made(self, confidence: np.ndarray) -> np.ndarray:
         return np.array([self._by_confidence[_bin(one)].value for one in confidence])
 
-    def next(self, drafted: int) -> float:
-        return self._all.value * self._by_place[drafted].value
+    def survivals(self, places: Sequence[int]) -> np.ndarray:
+        """Probability that drafts at these places, one after the other, are accepted up to each of them."""
+        return np.cumprod(np.array([self._all.value * self._by_place[place].value for place in places]))
 
     def learn(self, confidences: np.ndarray, accepted: int) -> None:
         """One sequence's round: the drafts up to the first rejected one were judged."""
@@ -130,8 +131,10 @@ class _TextAcceptance:
     def __init__(self) -> None:
         self._first, self._following = _Share(0.5, _GUESS_WEIGHT / 2), _Share(0.8, _GUESS_WEIGHT)
 
-    def of(self, place: int) -> float:
-        return self._following.value if place else self._first.value
+    def survivals(self, count: int) -> np.ndarray:
+        """Probability that so many tokens are accepted up to each of them."""
+        shares = [self._following.value if place else self._first.value for place in range(count)]
+        return np.cumprod(np.array(shares))
 
     def learn(self, drafts: int, accepted: int) -> None:
         for place in range(min(accepted + 1, drafts)):
@@ -164,7 +167,7 @@ class DraftLength:
         make all that follow look too slow to be worth a draft.
         """
         counts = np.arange(self.most + 1)
-        tokens = 1 + np.append(0.0, np.cumsum(np.cumprod([self._river.next(count) for count in counts[:-1]])))
+        tokens = 1 + np.append(0.0, np.cumsum(self._river.survivals(range(self.most))))
         return float(np.max(tokens / (counts * self.costs.of_draft() + self.costs.of_passes(counts + 1))))
 
     def survival(self, confidence: np.ndarray) -> np.ndarray:
@@ -186,7 +189,7 @@ class DraftLength:
             self._patience = min(2 * self._patience, _PROBE_EVERY)
             return True
         counts = np.arange(drafted, min(self.most, room))
-        gains = float(survival.mean()) * np.cumsum(np.cumprod([self._river.next(count) for count in counts]))
+        gains = float(survival.mean()) * np.cumsum(self._river.survivals(range(drafted, min(self.most, room))))
         passes = self.costs.of_passes(np.append(counts, counts[-1] + 1) + 1)
         costs = (1 + counts - drafted) * self.costs.of_draft() + passes[1:] - passes[0]
         return bool(np.any(gains > max(_SLACK * self.rate, 1 / self.costs.of_pass(1)) * costs))
@@ -196,7 +199,7 @@ class DraftLength:
         counts = np.arange(1, min(found, self.most, room) + 1)
         best, reached = 0, self.rate
         if len(counts):
-            tokens = 1 + np.cumsum(np.cumprod([self._text.of(count - 1) for count in counts]))
+            tokens = 1 + np.cumsum(self._text.survivals(len(counts)))
             rates = tokens / self.costs.of_passes(counts + 1)
             best = int(counts[rates.argmax()]) if rates.max() > reached else 0
         self._passed_over = 0 if best or not found else self._passed_over + 1
