@@ -40,6 +40,7 @@ __all__ = [
     "holds",
     "many_graphs",
     "module_wrapper",
+    "of_any_length",
     "process_group",
     "shard_of",
     "skip_frames",
@@ -293,6 +294,19 @@ def guards_since() -> Iterator[list[Any]]:
 def holds(expression: Any) -> bool:
     """Whether a guard holds for the sizes at hand; if so it is added to the compilation that is under way."""
     return bool(ambient_fake_mode().shape_env.evaluate_expr(expression))
+
+
+def of_any_length(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, marked: what Dynamo compiles for it takes it at any length of its first dimension.
+
+    Raises:
+        UnsupportedTorch: there is no such mark here.
+    """
+    mark = getattr(torch._dynamo, "maybe_mark_dynamic", None)
+    if mark is None:
+        raise UnsupportedTorch("torch._dynamo.maybe_mark_dynamic")
+    mark(tensor, 0)
+    return tensor
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:

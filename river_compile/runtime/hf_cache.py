@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from river_compile.errors import ConfigError
 
-__all__ = ["back", "cut", "is_static", "mark", "move", "prepare", "room"]
+__all__ = ["back", "cut", "is_static", "mark", "move", "prepare", "reserve", "restored", "room", "settle"]
 
 Span = tuple[int, int, int, int]
 
@@ -47,6 +48,56 @@ def prepare(cache: Any, length: int) -> None:
         cache.layer_class_to_replicate = DynamicLayer
 
 
+def reserve(cache: Any, length: int) -> None:
+    """Give the growing layers of a cache that has read the prompts room for tokens to come, once and for all.
+
+    Args:
+        length: tokens that it must have room for.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    from river_compile.runtime.hf_layer import ReservedLayer, span_of
+
+    growing = [
+        index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and layer.is_initialized
+    ]
+    if growing:
+        span = span_of(cache.layers[growing[0]].keys.shape[-2])
+        for index in growing:
+            cache.layers[index] = ReservedLayer.of(cache.layers[index], length, span)
+
+
+@contextmanager
+def restored(cache: Any) -> Iterator[None]:
+    """Give a cache, after what is done within, the layers back that transformers knows, with all that they hold."""
+    try:
+        yield
+    finally:
+        for index, layer in enumerate(cache.layers):
+            if hasattr(layer, "held"):
+                cache.layers[index] = layer.plain()
+
+
+def settle(cache: Any) -> None:
+    """After a pass: all layers are as long as the first of them, and a compiler is to see one length."""
+    _fill(cache, int(cache.get_seq_length()))
+
+
+def _fill(cache: Any, length: int) -> None:
+    """Let the reserved layers of a cache be so long."""
+    reserved = _reserved(cache)
+    if reserved:
+        from river_compile.runtime.hf_layer import span_of
+
+        span = span_of(length)
+        for layer in reserved:
+            layer.span = span
+
+
+def _reserved(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if hasattr(layer, "held")]
+
+
 def _room(layer: Any) -> int:
     return int(getattr(layer, "max_cache_len", 0))
 
@@ -57,27 +108,23 @@ def is_static(cache: Any) -> bool:
 
 
 def room(cache: Any) -> int | None:
-    """How many more tokens a cache of fixed length can take; None: any number."""
-    if not is_static(cache):
-        return None
-    return min(_room(layer) for layer in cache.layers) - int(cache.get_seq_length())
-
-
-def mark(cache: Any) -> Any:
-    """What `back` needs."""
+    """How many more tokens a cache can take without being copied; None: any number."""
     if is_static(cache):
-        return int(cache.get_seq_length())
-    return [(layer.keys, layer.values) if layer.is_initialized else None for layer in cache.layers]
+        return min(_room(layer) for layer in cache.layers) - int(cache.get_seq_length())
+    return min((layer.capacity - len(layer.span) for layer in _reserved(cache)), default=None)
 
 
-def back(cache: Any, marked: Any) -> None:
+def mark(cache: Any) -> int:
+    """What `back` needs."""
+    return int(cache.get_seq_length())
+
+
+def back(cache: Any, marked: int) -> None:
     """Bring a cache back to where `mark` was called."""
     if is_static(cache):
         _crop(cache, int(cache.get_seq_length()) - marked)
-        return
-    for layer, held in zip(cache.layers, marked, strict=True):
-        if held is not None:
-            layer.keys, layer.values = held
+    else:
+        _fill(cache, marked)
 
 
 def _crop(cache: Any, tokens: int) -> None:
@@ -99,9 +146,12 @@ def cut(cache: Any, spans: Sequence[Span], length: int) -> None:
         _, filling, first, last = spans[0]
         _crop(cache, length - (filling + last - first))
         return
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys, layer.values = (_kept(tensor, spans) for tensor in (layer.keys, layer.values))
+    for layer in _reserved(cache):
+        layer.keep([row for row, *_ in spans])
+        for tensor in layer.held:
+            move(tensor, [(place, *span[1:]) for place, span in enumerate(spans)])
+    _, filling, first, last = spans[0]
+    _fill(cache, filling + last - first)
 
 
 def move(tensor: torch.Tensor, spans: Sequence[Span]) -> None:
@@ -109,13 +159,3 @@ def move(tensor: torch.Tensor, spans: Sequence[Span]) -> None:
     for row, filling, first, last in spans:
         if filling != first:
             tensor[row, :, filling : filling + last - first] = tensor[row, :, first:last].clone()
-
-
-def _kept(tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-    if len(spans) == 1:
-        # Nothing is copied: the next pass puts its own entries behind this view.
-        row, _, first, last = spans[0]
-        return tensor[row : row + 1, :, first:last]
-    # What fills up on the left is masked: any finite numbers do.
-    rows = [torch.cat([tensor[row, :, :filling], tensor[row, :, first:last]], 1) for row, filling, first, last in spans]
-    return torch.stack(rows)

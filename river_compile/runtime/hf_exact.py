@@ -55,6 +55,7 @@ class HfPasses(Passes):
         if not self._cache_name:
             raise ConfigError("exact", "needs a KV cache (use_cache=True)")
         self._arguments = dict(arguments)
+        self._length = length
         hf_cache.prepare(self._arguments[self._cache_name], length)
         self.coarse = model.dtype in SHORT
         # In 16 bits a row may come out otherwise in a smaller batch.
@@ -96,6 +97,7 @@ class HfPasses(Passes):
             settings["next_sequence_length"] = new
         with self._exits(NEVER, None):
             outputs = self._call(self._model.prepare_inputs_for_generation(ids, **settings, **arguments))
+        hf_cache.reserve(self.cache, self._length)
         numbers = np.zeros((batch, seen.shape[1]), np.int64)
         numbers[:, -length:] = ids.cpu().numpy()
         state = State({"positions": self._last_positions(seen)}, seen.cpu().numpy().astype(np.int64), numbers)
@@ -148,6 +150,7 @@ class HfPasses(Passes):
                 arguments[name] = arguments[name].expand(*arguments[name].shape[:-1], new)
         tokens = torch.from_numpy(state.ids[:, -new:].copy()).to(self._device)
         outputs = self._call(self._model.prepare_inputs_for_generation(tokens, **arguments))
+        hf_cache.settle(self.cache)
         return _floats(outputs.logits[:, -new:])
 
     def _call(self, inputs: Mapping[str, Any]) -> Any:
@@ -248,28 +251,29 @@ def generate_exactly(
     if streamer is not None:
         streamer.put(input_ids.cpu())
     passes = HfPasses(model, model_arguments, exits, input_ids.shape[1] + left, clock)
-    state, logits = passes.prefill(input_ids)
-    choice = _Processed(
-        logits_processor, stopping_criteria, bool(generation_config.do_sample), len(input_ids), input_ids.device
-    )
-    prompts = input_ids.tolist()
-    first = [_choose(choice, *one) for one in zip(prompts, logits, range(len(prompts)), strict=True)]
-    made = _Made(len(prompts), generation_config)
-    made.add(Step(tuple((token,) for token in first), None, 0.0, logits=tuple(row[None] for row in logits)))
-    if streamer is not None:
-        streamer.put(torch.tensor(first))
-    steps: Iterator[Step] = iter(())
-    if left > 0:
-        passes.look_for_river(state, has_river)
-        drafting = replace(drafting, river=passes.has_river)
-        steps = exact_steps(passes, state, first, prompts, left, drafting, choice, experience())
-    for step in steps:
-        on_step(step)
-        made.add(step)
-        if streamer is not None and step.tokens[0]:
-            streamer.put(torch.tensor(step.tokens[0]))
-    if streamer is not None:
-        streamer.end()
+    with hf_cache.restored(passes.cache):
+        state, logits = passes.prefill(input_ids)
+        choice = _Processed(
+            logits_processor, stopping_criteria, bool(generation_config.do_sample), len(input_ids), input_ids.device
+        )
+        prompts = input_ids.tolist()
+        first = [_choose(choice, *one) for one in zip(prompts, logits, range(len(prompts)), strict=True)]
+        made = _Made(len(prompts), generation_config)
+        made.add(Step(tuple((token,) for token in first), None, 0.0, logits=tuple(row[None] for row in logits)))
+        if streamer is not None:
+            streamer.put(torch.tensor(first))
+        steps: Iterator[Step] = iter(())
+        if left > 0:
+            passes.look_for_river(state, has_river)
+            drafting = replace(drafting, river=passes.has_river)
+            steps = exact_steps(passes, state, first, prompts, left, drafting, choice, experience())
+        for step in steps:
+            on_step(step)
+            made.add(step)
+            if streamer is not None and step.tokens[0]:
+                streamer.put(torch.tensor(step.tokens[0]))
+        if streamer is not None:
+            streamer.end()
     return made.output(input_ids, passes.cache, choice)
 
 

@@ -62,6 +62,16 @@ def test_generate_is_unchanged_but_for_the_passes(family: str, cache: dict[str, 
     assert set(stats.decode_depths) | set(stats.prefill_depths) == {0, LAYERS}
 
 
+def test_three_graphs_serve_whatever_is_drafted_and_cut() -> None:
+    """The prompt's, one of a row and one of several: caches that grew and caches that were cut look alike."""
+    model = torch.compile(random_model("llama", LAYERS), backend="river", options={"exact": True})
+    for new in (24, 31):
+        model.generate(**_arguments(1) | {"max_new_tokens": new})
+    stats = river_compile.stats(model)
+    assert stats.exact["drafted"] > stats.exact["accepted"] > 0
+    assert stats.graphs == 3
+
+
 def test_it_can_be_asked_for_in_one_call() -> None:
     model = random_model("llama", LAYERS)
     expected = model.generate(**_arguments(1))
