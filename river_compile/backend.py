@@ -18,7 +18,7 @@ from river_compile.compiled import MODELS, TUNED, combined, config_of, known_sta
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, RiverError
 from river_compile.exact_generate import exact
-from river_compile.exporters.quantizers import quantizer
+from river_compile.exporters.quantizers import quantizer, without_texts
 from river_compile.exporters.torch import generate, hooked, offload, saved, seam
 from river_compile.exporters.torch.artifacts import Artifacts
 from river_compile.exporters.torch.attention import lower_attention
@@ -144,7 +144,7 @@ class RiverBackend(State):
         chosen = self.config.quantizer
         if self.config.saved_river is not None:
             chosen = saved.adopt(TUNED, parameters.values(), Path(self.config.saved_river), chosen)
-        quantized = Quantized(self.store, lowering, quantizer(chosen))
+        quantized = Quantized(self.store, lowering, quantizer(chosen), quantizer(without_texts(chosen)))
         weights = GraphWeights(quantized, parameters)
         grown = River()
         if decode or self._wants_river_prefill(rows, lowering):

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from river_compile.errors import ConfigError
 from river_compile.exporters.quantizers.grids import Gptq, Hqq, KQuant, LeastSquares
 from river_compile.exporters.quantizers.rtn import RoundToNearest
-from river_compile.passes.quantizer import Quantizer
+from river_compile.passes.quantizer import ActivationAware, Quantizer
 
-__all__ = ["QUANTIZERS", "quantizer"]
+__all__ = ["QUANTIZERS", "quantizer", "without_texts"]
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "rtn": RoundToNearest,
@@ -30,3 +30,14 @@ def quantizer(name: str) -> Quantizer:
     if name not in QUANTIZERS:
         raise ConfigError("quantizer", f"{name!r} is none of {', '.join(QUANTIZERS)}")
     return QUANTIZERS[name]()
+
+
+def without_texts(name: str) -> str:
+    """The name of a quantizer that looks at weights alone: the one named, or rounding in the place of one that knows
+    what they are multiplied with.
+
+    Raises: as `quantizer`.
+    """
+    if not isinstance(quantizer(name), ActivationAware):
+        return name
+    return "rtn-symmetric" if name.endswith("-symmetric") else "rtn"

@@ -206,7 +206,7 @@ def cond_decoder(
     graph = import_graph(program.graph_module, parameters)
     graph.local_sizes = True
     anatomy = find_layers(graph)
-    weights = GraphWeights(Quantized(Store(), MatMulNBits(), chosen), held)
+    weights = GraphWeights(Quantized(Store(), MatMulNBits(), chosen, chosen), held)
     river = grow_river(graph, anatomy, config, weights)
     plan = share_kv(graph, anatomy, river)
     points = insert_exits(graph, anatomy, plan, config)

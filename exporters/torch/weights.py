@@ -156,14 +156,20 @@ def _quantize(
 
 
 class Quantized:
-    """The store, for one way to quantize and one lowering."""
+    """The store, for one way to quantize and one lowering.
 
-    def __init__(self, store: Store, lowering: Lowering, chosen: Quantizer) -> None:
-        self.store, self.lowering, self._quantizer = store, lowering, chosen
+    Args:
+        chosen: for the decoder layers.
+        outside: for what lies behind them, the LM head: no texts are read for it.
+    """
+
+    def __init__(self, store: Store, lowering: Lowering, chosen: Quantizer, outside: Quantizer) -> None:
+        self.store, self.lowering, self._quantizer, self._outside = store, lowering, chosen, outside
 
     def of(self, parameters: Sequence[torch.Tensor], product: Product) -> Sequence[torch.Tensor]:
         """The operands of a product whose weights are these parameters now."""
-        return self.store.get(parameters, product, self.lowering, self._quantizer)
+        chosen = self._outside if product.is_outside else self._quantizer
+        return self.store.get(parameters, product, self.lowering, chosen)
 
 
 class GraphWeights:

@@ -20,6 +20,10 @@ from river_compile.passes.quantizer import fitting_group
 __all__ = ["Product", "River", "RiverLinear", "RiverWeights", "Twin", "grow_river", "layer_piece", "quantize_piece"]
 
 
+_OUTSIDE = -1
+"""The layer of what belongs to none."""
+
+
 @dataclass(frozen=True)
 class RiverLinear:
     """A linear layer of the river: its qualified name, its decoder layer, the value that is its weight, and its grid.
@@ -57,6 +61,11 @@ class Product:
     @property
     def group_size(self) -> int:
         return self.linears[0].group_size or 0
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it belongs to no decoder layer."""
+        return self.linears[0].layer == _OUTSIDE
 
 
 class RiverWeights(Protocol):
@@ -151,7 +160,7 @@ def quantize_piece(
     """
     names = {node.name: name for node in graph.steps if (name := module_name(node))}
     linears = find_linears(piece, graph.weights, names, "lm_head")
-    planned = [(_plan(linear, -1, bits, config), linear) for linear in linears]
+    planned = [(_plan(linear, _OUTSIDE, bits, config), linear) for linear in linears]
     if all(plan.bits is None for plan, _ in planned):
         return None
     return _quantized(piece, planned, weights)

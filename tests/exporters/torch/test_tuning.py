@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_the_river_is_the_model_with_tuned_weights(family: str) -> None:
     found = play(model, forward, prompt(2, 5), 2, "static")
     assert_same(found, play(model, with_tuned_river(model), prompt(2, 5), 2, "static"), tolerance=1e-3)
     assert not backend.stats().fallbacks
+
+
+@pytest.mark.parametrize("options", [{"head_bits": 8}, {"exact": True}], ids=("a head of 8 bits", "exact"))
+def test_the_head_of_a_tuned_river_is_rounded(options: dict[str, Any]) -> None:
+    """No texts are read for it, and a head that drafts has 8 bits without being asked for."""
+    model = random_model("llama")
+    river_compile.tune(model, TEXTS, GPTQ)
+    forward, backend = compiled(model, replace(GPTQ, **options))
+    play(model, forward, prompt(2, 5), 2, "static")
+    assert not backend.stats().fallbacks
+    assert backend.stats().river_layers == LAYERS
 
 
 def test_a_model_that_was_not_tuned_for_this_river_is_refused() -> None:
