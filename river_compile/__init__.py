@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from river_compile.exact_generate import exact
     from river_compile.measure.agreement import AgreementTexts
     from river_compile.measure.calibration import Calibration, calibrate
+    from river_compile.measure.draft_points import DraftPlan
     from river_compile.measure.evaluation import Evaluation, evaluate
+    from river_compile.measure.torch_drafting import tune_exact
     from river_compile.measure.tuning import Tuning
     from river_compile.pretrained import from_pretrained, load_river, offload, save_river
     from river_compile.reports import ExportReport, Plan
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AgreementTexts",
     "Calibration",
+    "DraftPlan",
     "Evaluation",
     "ExportReport",
     "Plan",
@@ -46,11 +49,13 @@ __all__ = [
     "set_tau",
     "stats",
     "tune",
+    "tune_exact",
 ]
 
 _HOME = {
     "AgreementTexts": "measure.agreement",
     "Calibration": "measure.calibration",
+    "DraftPlan": "measure.draft_points",
     "Evaluation": "measure.evaluation",
     "ExportReport": "reports",
     "Plan": "reports",
@@ -72,6 +77,7 @@ _HOME = {
     "set_tau": "compiled",
     "stats": "compiled",
     "tune": "compiled",
+    "tune_exact": "measure.torch_drafting",
 }
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "known_states",
     "refresh",
     "reset_stats",
+    "river_bits",
     "set_max_depth",
     "set_tau",
     "stats",
@@ -112,8 +113,6 @@ def tune(
         InputError: the model has no decoder layers, is in training mode or spread over processes, or the texts cannot
             be used.
     """
-    from river_compile.exporters.torch.stack import find_stack
-
     config = config or RiverConfig(quantizer="gptq")
     chosen = quantizer(config.quantizer)
     if not isinstance(chosen, ActivationAware):
@@ -123,6 +122,18 @@ def tune(
         raise InputError("the model is in training mode; call model.eval()")
     if ranks_of((), model.parameters()) is not None:
         raise InputError("the model is spread over several processes; tune it in one")
+    bits = river_bits(model, config)
+    return tune_weights(TUNED, model, bits, config.group_size, ids, chosen, progress)
+
+
+def river_bits(model: torch.nn.Module, config: RiverConfig) -> MutableMapping[torch.Tensor, int]:
+    """The bits that a config gives to the parameters of a model's decoder layers, where it gives any.
+
+    Raises:
+        LayersNotFound: the model has no decoder layers.
+    """
+    from river_compile.exporters.torch.stack import find_stack
+
     path, stack = find_stack(model)
     kept = config.kept(len(stack))
     bits: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
@@ -131,7 +142,7 @@ def tune(
         wanted = config.bits_of(f"{path}.{name.rpartition('.')[0]}", f"layers.{layer}")
         if wanted is not None and layer not in kept:
             bits[parameter] = wanted
-    return tune_weights(TUNED, model, bits, config.group_size, ids, chosen, progress)
+    return bits
 
 
 def tuned_digest(model: torch.nn.Module) -> str:

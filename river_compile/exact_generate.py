@@ -6,7 +6,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ def exact(
     *,
     streamer: Any = None,
     lookup: bool | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+    experience: Experience | None = None,
     **model_arguments: Any,
 ) -> Any:
     """Exact decoding, for ``model.generate(..., custom_generate=river_compile.exact)``.
@@ -64,6 +66,7 @@ def exact(
     compiled_with = functools.cache(lambda: known_states(compiled)[-1:])
 
     def note(step: Step) -> None:
+        on_step(step)
         for state in compiled_with():
             state.exact["rounds"] += 1
             state.exact["drafted"] += step.drafted
@@ -97,7 +100,7 @@ def exact(
             model_arguments,
             exits=forced_exits,
             has_river=lambda: any(state.river_layers for state in known_states(compiled)),
-            experience=lambda: _experience_of(compiled),
+            experience=lambda: experience or _experience_of(compiled),
             drafting=drafting,
             streamer=streamer,
             on_step=note,

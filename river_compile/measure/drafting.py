@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,30 @@ import numpy as np
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
-from river_compile.errors import InputError
 from river_compile.exporters.onnx import onnx_file
 from river_compile.exporters.onnx.swap import SwappableLinear, SwappableModel
-from river_compile.exporters.quantizers import quantizer
-from river_compile.measure.machine import cpu_name
+from river_compile.exporters.quantizers import quantizer, without_texts
+from river_compile.measure.draft_points import (
+    MOST,
+    NEW_TOKENS,
+    ROWS,
+    DraftPlan,
+    DraftPoint,
+    always,
+    candidates,
+    draft_point,
+    prompts_of,
+    shares_by_place,
+    tuning_could_pay,
+)
 from river_compile.measure.sensitivity import divergence, starts
 from river_compile.measure.tuning import Tuning
 from river_compile.passes.quantizer import ActivationAware
 from river_compile.reports import ExportReport
 from river_compile.runtime import OnnxDecoder
-from river_compile.runtime.drafting import Costs, DraftLength, expected_speedup
-from river_compile.runtime.exact import Experience
+from river_compile.runtime.drafting import Costs
 
 __all__ = [
-    "DraftPlan",
-    "DraftPoint",
     "DraftTuning",
     "acceptance_by_place",
     "choose_for_drafting",
@@ -43,65 +51,10 @@ __all__ = [
 
 Progress = Callable[[str, int, int], None]
 
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 6, 32, 48
-_MOST = 8
-_ROWS = (1, 2, 3, 5, 9)
 _REPEATS = 7
 _SENSITIVITY_TOKENS = 256
 # So many of the rivers that promise most are timed.
 _TIMED = 3
-# Fewer drafts at a place say little of it.
-_LEAST_SEEN = 5
-# Less of a gain is lost in what timing errs by.
-_WORTH = 1.05
-
-
-@dataclass(frozen=True)
-class DraftPoint:
-    """A river as drafter.
-
-    Fields:
-        quantizer, bits, head_bits: how it was made; ``bits`` is the mean of a river weight.
-        acceptance: share of drafts accepted, given that those before them were, by their place in the round.
-        draft_ms: of a draft pass; ``verify_ms``: of backbone passes, by their rows; one row is a plain pass.
-        expected: speed-up over plain decoding by costs and acceptance, at the best fixed draft length, ``length``.
-        measured: speed-up over plain decoding as it was timed, median over prompts; None: not timed.
-        differing: how many of the tokens written meanwhile the plain model did not write; None: not timed.
-    """
-
-    quantizer: str
-    bits: float
-    head_bits: int | str
-    acceptance: tuple[float, ...]
-    draft_ms: float
-    verify_ms: dict[int, float]
-    expected: float
-    length: int
-    measured: float | None = None
-    differing: int | None = None
-
-
-@dataclass(frozen=True)
-class DraftPlan:
-    """The rivers tried, and the settings of the fastest.
-
-    Fields:
-        config: of that river, with ``exact`` on.
-        points: of all, in the order they were tried.
-        chosen: the index of the fastest.
-    """
-
-    config: RiverConfig
-    points: tuple[DraftPoint, ...]
-    chosen: int
-
-    @property
-    def best(self) -> DraftPoint:
-        return self.points[self.chosen]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON's types."""
-        return {"cpu": cpu_name(), "chosen": self.chosen, "points": [asdict(point) for point in self.points]}
 
 
 @dataclass(frozen=True)
@@ -145,12 +98,12 @@ def choose_for_drafting(
     """
     ids = tuning.ids(onnx_file.load(model))
     plain_quantizer, tuned = _candidates(model, config, ids, progress)
-    prompts = _prompts(ids)
+    prompts = prompts_of(ids)
     with tempfile.TemporaryDirectory(prefix="river-drafts-") as folder:
         tried = _Tried(model, tuning, prompts, Path(folder), progress)
         for candidate in plain_quantizer:
             tried.add(candidate)
-        if tried.tuning_could_pay():
+        if tuning_could_pay(tried.points):
             for candidate in tuned:
                 tried.add(candidate)
         tried.time_the_best()
@@ -189,22 +142,12 @@ class _Tried:
             worst = min(self.kept, key=lambda index: self.points[index].expected)
             shutil.rmtree(self.kept.pop(worst).parent)
 
-    def tuning_could_pay(self) -> bool:
-        """Whether 4 bits that are accepted as often as 8 bits would be faster than what there is: tuning takes
-        minutes, and brings no more than that."""
-        best = max(point.expected for point in self.points)
-        closest = max(self.points, key=lambda point: point.bits)
-        cheapest = min(self.points, key=lambda point: point.draft_ms)
-        costs = Costs(cheapest.draft_ms, cheapest.verify_ms)
-        bound, _ = expected_speedup(closest.acceptance, costs.of_pass(1), costs.of_draft(), costs.of_pass)
-        return bound > _WORTH * best
-
     def time_the_best(self) -> None:
         """Fill in what exact decoding measures beside the plain model."""
         plain = OnnxDecoder(self._model)
         for number, (index, file) in enumerate(self.kept.items()):
             self._progress("time the best drafters", number, len(self.kept))
-            ratios, differing = timed_ratio(plain, OnnxDecoder(file), self._prompts, _NEW_TOKENS)
+            ratios, differing = timed_ratio(plain, OnnxDecoder(file), self._prompts, NEW_TOKENS)
             measured = round(statistics.median(ratios), 3)
             self.points[index] = replace(self.points[index], measured=measured, differing=differing)
         self._progress("time the best drafters", len(self.kept), len(self.kept))
@@ -216,35 +159,21 @@ def export_candidate(model: Path, file: Path, config: RiverConfig, tuning: Tunin
     return export(model, file, replace(config, external_data=True), tuning=texts, check=False)
 
 
-def _prompts(ids: Sequence[np.ndarray]) -> list[list[int]]:
-    long_enough = [text for text in ids if len(text) >= _PROMPT_TOKENS]
-    if not long_enough:
-        raise InputError(f"no tuning text has {_PROMPT_TOKENS} tokens to go on from")
-    spread = np.linspace(0, len(long_enough) - 1, min(_PROMPTS, len(long_enough))).round().astype(int)
-    return [long_enough[index][:_PROMPT_TOKENS].tolist() for index in spread]
-
-
 def _candidates(
     model: Path, config: RiverConfig, ids: Sequence[np.ndarray], progress: Progress
 ) -> tuple[list[RiverConfig], list[RiverConfig]]:
     """Settings with a quantizer that is quick, and with GPTQ."""
     swappable, roles = _roles_by_cost(model, config, ids, progress)
-    head = 8 if config.head_bits == "float" and swappable.head is not None else config.head_bits
-    base = replace(config, head_bits=head, bits=4, quantizer=swappable.quantizer)
-    # The kinds that cost most at 4 bits, in two portions, each given 8.
-    counts = sorted({max(1, len(roles) // 4), max(1, len(roles) // 2)})
-    portions = [tuple((f"*.{role}", 8) for role in roles[:count]) for count in counts]
-    plans: list[tuple[tuple[str, int], ...]] = [(), *portions]
-    found = [replace(base, bits_for=(*config.bits_for, *plan)) for plan in plans]
-    return [*found, replace(base, bits=8)], [replace(one, quantizer="gptq") for one in found[:2]]
+    found = candidates(config, roles, swappable.quantizer, head=swappable.head is not None)
+    return found, [replace(one, quantizer="gptq") for one in found[:2]]
 
 
 def _roles_by_cost(
     model: Path, config: RiverConfig, ids: Sequence[np.ndarray], progress: Progress
 ) -> tuple[SwappableModel, list[str]]:
     """The kinds of linear layer by the last part of their names, those first whose 4 bits cost most KL for a weight."""
-    plain = "rtn" if isinstance(quantizer(config.quantizer), ActivationAware) else config.quantizer
-    swappable = SwappableModel(model, replace(config, quantizer=plain, bits=4, bits_for=(), head_bits=8), ids)
+    settings = replace(config, quantizer=without_texts(config.quantizer), bits=4, bits_for=(), head_bits=8)
+    swappable = SwappableModel(model, settings, ids)
     batch = starts(ids, _SENSITIVITY_TOKENS)
     reference = swappable.logits(batch)
     roles: dict[str, list[SwappableLinear]] = {}
@@ -260,13 +189,6 @@ def _roles_by_cost(
     return swappable, sorted(costs, key=lambda role: -costs[role])
 
 
-class _Always(DraftLength):
-    """Drafts as many as there may be: what is measured is how many of them are accepted."""
-
-    def pays(self, survival: np.ndarray, drafted: int, room: int) -> bool:
-        return drafted < min(self.most, room)
-
-
 def measure_drafts(
     decoder: OnnxDecoder, prompts: Sequence[Sequence[int]], config: RiverConfig, bits: float
 ) -> DraftPoint:
@@ -278,24 +200,14 @@ def measure_drafts(
     """
     costs = _costs(decoder, prompts[0])
     acceptance = acceptance_by_place(decoder, prompts)
-    expected, length = expected_speedup(acceptance, costs.of_pass(1), costs.of_draft(), costs.of_pass)
-    return DraftPoint(
-        quantizer=config.quantizer,
-        bits=round(bits, 2),
-        head_bits=config.head_bits,
-        acceptance=tuple(round(share, 4) for share in acceptance),
-        draft_ms=round(1e3 * costs.of_draft(), 3),
-        verify_ms={rows: round(1e3 * costs.of_pass(rows), 3) for rows in _ROWS},
-        expected=round(expected, 3),
-        length=length,
-    )
+    return draft_point(config, bits, acceptance, costs)
 
 
 @contextmanager
 def fixed_length(decoder: OnnxDecoder, length: int) -> Iterator[None]:
     """Let a decoder draft this many tokens in every round, for a while; batch 1, all-river drafts."""
     before = decoder.experience
-    decoder.experience = Experience(before.tie or 0.0, {(1, True): _Always(Costs(1.0, {1: 1.0}), length)})
+    decoder.experience = replace(always(length), tie=before.tie or 0.0)
     try:
         yield
     finally:
@@ -304,13 +216,10 @@ def fixed_length(decoder: OnnxDecoder, length: int) -> Iterator[None]:
 
 def acceptance_by_place(decoder: OnnxDecoder, prompts: Sequence[Sequence[int]]) -> list[float]:
     """Share of drafts accepted, given that those before them in the round were."""
-    reached, kept = np.zeros(_MOST), np.zeros(_MOST)
-    with fixed_length(decoder, _MOST):
-        for prompt in prompts:
-            for step in decoder.stream([prompt], _NEW_TOKENS, exact=True, lookup=False):
-                reached[: min(step.accepted + 1, step.drafted)] += 1
-                kept[: step.accepted] += 1
-    return [float(k / r) for k, r in zip(kept, reached, strict=True) if r >= _LEAST_SEEN]
+    with fixed_length(decoder, MOST):
+        return shares_by_place(
+            step for prompt in prompts for step in decoder.stream([prompt], NEW_TOKENS, exact=True, lookup=False)
+        )
 
 
 def _costs(decoder: OnnxDecoder, prompt: Sequence[int]) -> Costs:
@@ -318,9 +227,9 @@ def _costs(decoder: OnnxDecoder, prompt: Sequence[int]) -> Costs:
     state = decoder.start(1)
     decoder.backbone(np.array([prompt]), state)
     mark = decoder.mark(state)
-    tokens = np.array([[prompt[index % len(prompt)] for index in range(max(_ROWS))]])
+    tokens = np.array([[prompt[index % len(prompt)] for index in range(max(ROWS))]])
     runs: dict[int, Callable[[], object]] = {0: lambda: decoder.forward(tokens[:, :1], state, max_depth=0)}
-    for rows in _ROWS:
+    for rows in ROWS:
         runs[rows] = lambda rows=rows: decoder.backbone(tokens[:, :rows], state)  # type: ignore[misc]
     seconds: dict[int, list[float]] = {rows: [] for rows in runs}
     for _ in range(_REPEATS + 1):

@@ -12,7 +12,9 @@ from river_compile.exporters.torch import seam
 
 __all__ = ["ReservedLayer", "span_of"]
 
+# Code is compiled anew for another number of slots, and on a CPU those that are never written cost nothing.
 _LEAST = 2048
+_LEAST_ELSEWHERE = 256
 
 
 class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -22,8 +24,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     off is to count less. The tensors' strides never change, so compiled code that takes one length takes all.
 
     Fields:
-        held: keys and values, [sequences, heads, capacity, head size] each. Memory of slots that were never written is
-            not resident.
+        held: keys and values, [sequences, heads, capacity, head size] each.
         span: how many slots are filled, as the length of a tensor [slots, 0]: a compiler takes that for a size. One
             object for all layers of a cache, so that it is one size.
     """
@@ -34,10 +35,11 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     @classmethod
     def of(cls, layer: DynamicLayer, capacity: int, span: torch.Tensor) -> ReservedLayer:
         """A layer with what another one holds, and room for so many tokens or more."""
+        assert layer.keys is not None and layer.values is not None
         made = cls.__new__(cls)
         made.__dict__ |= {name: value for name, value in vars(layer).items() if name not in ("keys", "values")}
-        slots = max(_LEAST, 1 << (capacity - 1).bit_length())
-        assert layer.keys is not None and layer.values is not None
+        least = _LEAST if layer.keys.device.type == "cpu" else _LEAST_ELSEWHERE
+        slots = max(least, 1 << (capacity - 1).bit_length())
         made.held = (_reserved(layer.keys, slots), _reserved(layer.values, slots))
         made.span = span
         return made
