@@ -65,6 +65,9 @@ def exact(
     # Known when the first passes have run, and looked up once: it reads all parameters' names.
     compiled_with = functools.cache(lambda: known_states(compiled)[-1:])
 
+    def learnt() -> Experience:
+        return _experience_of(compiled) if experience is None else experience
+
     def note(step: Step) -> None:
         on_step(step)
         for state in compiled_with():
@@ -100,20 +103,20 @@ def exact(
             model_arguments,
             exits=forced_exits,
             has_river=lambda: any(state.river_layers for state in known_states(compiled)),
-            experience=lambda: experience or _experience_of(compiled),
+            experience=learnt,
             drafting=drafting,
             streamer=streamer,
             on_step=note,
             clock=clock,
         )
     if not generation_config.do_sample:
-        _tell_if_plain(compiled, len(input_ids))
+        _tell_if_plain(compiled, len(input_ids), learnt())
     return made
 
 
-def _tell_if_plain(model: torch.nn.Module, batch: int) -> None:
+def _tell_if_plain(model: torch.nn.Module, batch: int, experience: Experience) -> None:
     """Say it once where nothing was drafted, since the tokens could not be promised."""
-    experience, dtype = _experience_of(model), getattr(model, "dtype", torch.float32)
+    dtype = getattr(model, "dtype", torch.float32)
     if dtype not in SHORT or (batch == 1 and not experience.tie):
         return
     why = f"decoded plainly: in {dtype} passes of several tokens round otherwise than passes of one here"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -337,11 +338,11 @@ def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) 
     costs.rows[1] = min(alone)
     expected, differing = np.stack(rows, 1), 0.0
     for count in sorted({min(count, ids.shape[1]) for count in _MEASURED_ROWS}):
-        together, costs.rows[count] = _timed(passes, state, lambda: passes.backbone(ids[:, :count], state)[0])  # noqa: B023
+        (together, _), costs.rows[count] = _timed(passes, state, partial(passes.backbone, ids[:, :count], state))
         differing = max(differing, float(np.abs(expected[:, :count] - together).max()))
     if drafting.river:
-        tau, depth = drafting.tau, drafting.max_depth
-        _, costs.draft = _timed(passes, state, lambda: passes.forward(ids[:, :1], state, None, tau, depth))
+        draft = partial(passes.forward, ids[:, :1], state, None, drafting.tau, drafting.max_depth)
+        _, costs.draft = _timed(passes, state, draft)
     return _TIE_SAFETY * differing, costs
 
 

@@ -48,12 +48,8 @@ def prepare(cache: Any, length: int) -> None:
         cache.layer_class_to_replicate = DynamicLayer
 
 
-def reserve(cache: Any, length: int) -> None:
-    """Give the growing layers of a cache that has read the prompts room for tokens to come, once and for all.
-
-    Args:
-        length: tokens that it must have room for.
-    """
+def reserve(cache: Any, more: int) -> None:
+    """Give the growing layers of a cache that has read the prompts room for so many tokens more, once and for all."""
     from transformers.cache_utils import DynamicLayer
 
     from river_compile.runtime.hf_layer import ReservedLayer, span_of
@@ -62,9 +58,10 @@ def reserve(cache: Any, length: int) -> None:
         index for index, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and layer.is_initialized
     ]
     if growing:
-        span = span_of(cache.layers[growing[0]].keys.shape[-2])
+        length = cache.layers[growing[0]].keys.shape[-2]
+        span = span_of(length)
         for index in growing:
-            cache.layers[index] = ReservedLayer.of(cache.layers[index], length, span)
+            cache.layers[index] = ReservedLayer.of(cache.layers[index], length + more, span)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class HfPasses(Passes):
             settings["next_sequence_length"] = new
         with self._exits(NEVER, None):
             outputs = self._call(self._model.prepare_inputs_for_generation(ids, **settings, **arguments))
-        hf_cache.reserve(self.cache, self._length)
+        hf_cache.reserve(self.cache, self._length - length)
         numbers = np.zeros((batch, seen.shape[1]), np.int64)
         numbers[:, -length:] = ids.cpu().numpy()
         state = State({"positions": self._last_positions(seen)}, seen.cpu().numpy().astype(np.int64), numbers)

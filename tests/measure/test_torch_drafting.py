@@ -13,6 +13,8 @@ import river_compile
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.torch import seam
+from river_compile.measure import torch_drafting
+from river_compile.runtime.hf_exact import HfPasses
 from tests.families import VOCABULARY, random_model
 from tests.torch_models import as_it_is
 
@@ -24,7 +26,8 @@ def chosen() -> Iterator[tuple[Any, Any, dict[str, torch.Tensor]]]:
     """The model, the plan, and its weights as they were. Pieces are not compiled: Inductor is slow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seam, "compile_piece", as_it_is)
-        model = random_model("llama", 3)
+        patch.setattr(torch_drafting, "NEW_TOKENS", 24)
+        model = random_model("llama", 2)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         yield model, river_compile.tune_exact(model, TEXTS, RiverConfig(group_size=64)), before
         torch.compiler.reset()
@@ -66,6 +69,22 @@ def test_the_model_stays_as_it_was(chosen: Any) -> None:
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(InputError, match="training mode"):
         river_compile.tune_exact(random_model("llama", 2).train(), TEXTS)
+
+
+def test_where_nothing_can_be_drafted_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits passes of several rows must round as passes of one do, or all is decoded plainly."""
+    monkeypatch.setattr(seam, "compile_piece", as_it_is)
+    passes = HfPasses.backbone
+
+    def rounded(self: HfPasses, ids: Any, state: Any, mask: Any = None) -> Any:
+        logits, depth = passes(self, ids, state, mask)
+        return logits * (1.0 if ids.shape[1] == 1 else 1.01), depth
+
+    monkeypatch.setattr(HfPasses, "backbone", rounded)
+    model = random_model("llama", 2).to(torch.bfloat16)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="decoded plainly"), pytest.raises(InputError, match="nothing is drafted"):
+        river_compile.tune_exact(model, TEXTS)
 
 
 def test_texts_that_are_too_short_are_refused() -> None:

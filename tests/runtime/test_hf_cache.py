@@ -121,8 +121,12 @@ def test_it_has_room_for_what_was_asked() -> None:
     cache = DynamicCache(config=CONFIG)
     assert hf_cache.room(cache) is None
     read(cache, 1, 4, 0)
-    hf_cache.reserve(cache, 5000)
+    hf_cache.reserve(cache, 4996)
     assert hf_cache.room(cache) == 8192 - 4
+    long = DynamicCache(config=CONFIG)
+    read(long, 1, 3000, 0)
+    hf_cache.reserve(long, 10)
+    assert hf_cache.room(long) >= 10
     fixed = StaticCache(config=CONFIG, max_cache_len=16)
     read(fixed, 1, 4, 0)
     assert hf_cache.room(fixed) == 12
