@@ -49,10 +49,11 @@ class DraftPoint:
 
     Fields:
         quantizer, bits, head_bits: how it was made; ``bits`` is the mean of a river weight.
-        acceptance: share of drafts accepted, given that those before them were, by their place in the round.
-        draft_ms: of a draft pass; ``verify_ms``: of backbone passes, by their rows; one row is a plain pass.
+        acceptance: share of the river's drafts accepted, given that those before them were, by their place in the
+            round; places that were seldom reached are left out.
+        draft_ms: of a draft pass; ``verify_ms``: of backbone passes, by their rows (`ROWS`); one row is a plain pass.
         expected: speed-up over plain decoding by costs and acceptance, at the best fixed draft length, ``length``.
-        measured: speed-up over plain decoding as it was timed, median over prompts; None: not timed.
+        measured: speed-up over plain decoding as it was timed, lookup included, median over prompts; None: not timed.
         differing: how many of the tokens written meanwhile the plain model did not write; None: not timed.
     """
 

@@ -57,12 +57,14 @@ def tune_exact(
 
     They differ in bits: 4 everywhere, 8 for the kinds of linear layer whose 4 bits cost most, and 8 everywhere; where
     it could pay, GPTQ is tried as well (its weights are kept, as `tune` keeps them). Exact and plain decoding take
-    turns, text by text. All rivers are in memory meanwhile, at about the size of a 16-bit model. In the end torch
-    forgets what it has compiled, of other models too: it is compiled anew when it is next called.
+    turns, text by text. All rivers, six at most, stay in memory meanwhile: all together about as many bytes as
+    the model's layers have in float32. In the end torch forgets what it has compiled, of other models too: it is
+    compiled anew when it is next called.
 
     Args:
         model: a causal language model of transformers in eval mode; one compiled already is run as the original.
-        ids: token ids of texts, int64 [tokens] each, of at least 64: none that a figure is reported on.
+        ids: token ids of texts, int64 [tokens] each, of at least 64: none that a figure is reported on. Six of them are
+            decoded on from; GPTQ reads all.
         config: what all rivers have in common. Bits given for patterns stay; the LM head has 8 bits where it is float.
         progress: is told the step, what is done and how much there is.
 
