@@ -32,6 +32,7 @@ __all__ = [
     "set_max_depth",
     "set_tau",
     "stats",
+    "to_be_tuned",
     "tune",
     "tuned_digest",
 ]
@@ -117,13 +118,23 @@ def tune(
     chosen = quantizer(config.quantizer)
     if not isinstance(chosen, ActivationAware):
         raise ConfigError("quantizer", f"{chosen.name!r} looks at weights alone and needs no tuning; 'gptq' does")
+    model = to_be_tuned(model)
+    bits = river_bits(model, config)
+    return tune_weights(TUNED, model, bits, config.group_size, ids, chosen, progress)
+
+
+def to_be_tuned(model: torch.nn.Module) -> torch.nn.Module:
+    """The original of a model, compiled or not.
+
+    Raises:
+        InputError: it is in training mode or spread over processes.
+    """
     model = getattr(model, "_orig_mod", model)
     if model.training:
         raise InputError("the model is in training mode; call model.eval()")
     if ranks_of((), model.parameters()) is not None:
         raise InputError("the model is spread over several processes; tune it in one")
-    bits = river_bits(model, config)
-    return tune_weights(TUNED, model, bits, config.group_size, ids, chosen, progress)
+    return model
 
 
 def river_bits(model: torch.nn.Module, config: RiverConfig) -> MutableMapping[torch.Tensor, int]:

@@ -47,6 +47,8 @@ def exact(
         streamer: gets tokens as they are verified; ``generate`` itself does not hand its own on, so give it by
             ``functools.partial``. With ``options={"exact": True}`` it is handed on.
         lookup: whether tokens of the text are drafts where it repeats; None: as the config says.
+        on_step: is told each round: tokens made, drafted and accepted, seconds of draft and of verification.
+        experience: what is known of passes and acceptance here; None: what the model has learnt since it was compiled.
 
     Raises:
         ConfigError: beam search, no KV cache, or a cache that cannot be cut back.

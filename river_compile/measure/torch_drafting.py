@@ -14,7 +14,7 @@ import torch
 from torch.func import functional_call
 
 from river_compile.backend import RiverBackend
-from river_compile.compiled import TUNED, river_bits, tune
+from river_compile.compiled import TUNED, river_bits, to_be_tuned, tune
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError
 from river_compile.exact_generate import exact
@@ -74,9 +74,7 @@ def tune_exact(
     Raises:
         InputError: the model cannot be used, or decodes plainly whatever drafts; or the texts are too short.
     """
-    config, model = config or RiverConfig(), getattr(model, "_orig_mod", model)
-    if model.training:
-        raise InputError("the model is in training mode; call model.eval()")
+    config, model = config or RiverConfig(), to_be_tuned(model)
     texts = [np.asarray(text) for text in ids]
     roles = _roles_by_cost(model, config, texts, progress)
     found = candidates(config, roles, without_texts(config.quantizer), head=True)

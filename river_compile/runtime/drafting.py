@@ -188,10 +188,11 @@ class DraftLength:
             # What speaks against drafting may be out of date; asking costs less and less often.
             self._patience = min(2 * self._patience, _PROBE_EVERY)
             return True
-        counts = np.arange(drafted, min(self.most, room))
-        gains = float(survival.mean()) * np.cumsum(self._river.survivals(range(drafted, min(self.most, room))))
-        passes = self.costs.of_passes(np.append(counts, counts[-1] + 1) + 1)
-        costs = (1 + counts - drafted) * self.costs.of_draft() + passes[1:] - passes[0]
+        places = range(drafted, min(self.most, room))
+        gains = float(survival.mean()) * np.cumsum(self._river.survivals(places))
+        more = np.arange(len(places) + 1)
+        passes = self.costs.of_passes(1 + drafted + more)
+        costs = more[1:] * self.costs.of_draft() + passes[1:] - passes[0]
         return bool(np.any(gains > max(_SLACK * self.rate, 1 / self.costs.of_pass(1)) * costs))
 
     def text_drafts(self, found: int, room: int) -> int:
