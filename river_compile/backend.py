@@ -23,12 +23,15 @@ from river_compile.exporters.torch import generate, hooked, offload, saved, seam
 from river_compile.exporters.torch.artifacts import Artifacts
 from river_compile.exporters.torch.attention import lower_attention
 from river_compile.exporters.torch.dispatch import Dispatcher
-from river_compile.exporters.torch.few_rows import MOST, SHORT, Forms, lower_few_rows
+from river_compile.exporters.torch.few_rows import lower_few_rows
+from river_compile.exporters.torch.forms import MOST, SHORT
 from river_compile.exporters.torch.linear import Lowering, lowering_for
+from river_compile.exporters.torch.paying import river_time
 from river_compile.exporters.torch.ranks import Ranks, Spread, ranks_of
 from river_compile.exporters.torch.recorder import CudaRecorder, Recorder
 from river_compile.exporters.torch.remembered import Remembered
 from river_compile.exporters.torch.state import GraphFacts, State, calling_module
+from river_compile.exporters.torch.timing import Choice, Forms
 from river_compile.exporters.torch.weights import GraphWeights, Quantized, Store
 from river_compile.passes.anatomy import Anatomy
 from river_compile.passes.fx.find_layers import find_layers
@@ -76,7 +79,7 @@ class RiverBackend(State):
         self._recorder, self._lowering, self._compiler = recorder, lowering, compiler
         self._artifacts = Artifacts(compiler or seam.compile_piece)
         self._compile_whole = compiler or seam.compile_whole
-        self._forms = Forms(compiler or seam.compile_piece, _measured)
+        self._forms = Forms(compiler or seam.compile_piece, _measured) if self.config.autotune else None
         self._state_of = state_of or self._own_state
         self._dumped = 0
 
@@ -125,6 +128,11 @@ class RiverBackend(State):
         assert dispatcher is not None
         return dispatcher
 
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The products that were timed, and what was taken of each."""
+        return () if self._forms is None else tuple(self._forms.choices.values())
+
     def stats(self) -> Stats:
         """What was compiled and done until now."""
         return combined([self])
@@ -140,28 +148,32 @@ class RiverBackend(State):
         verify(graph, anatomy, ["find_layers"])
         self._check(len(anatomy.layers))
         device, decode, rows = _place_of_work(graph, anatomy)
-        lowering = self._lowering or lowering_for(device)
+        lowering = self._lowering or lowering_for(device, None if self._forms is None else self._forms.prefers_int8)
         chosen = self.config.quantizer
         if self.config.saved_river is not None:
             chosen = saved.adopt(TUNED, parameters.values(), Path(self.config.saved_river), chosen)
         quantized = Quantized(self.store, lowering, quantizer(chosen), quantizer(without_texts(chosen)))
         weights = GraphWeights(quantized, parameters)
-        grown = River()
-        if decode or self._wants_river_prefill(rows, lowering):
-            grown = grow_river(graph, anatomy, self.config, weights)
-            verify(graph, anatomy, ["find_layers", "grow_river"], grown)
+        shards = {name: seam.shard_of(parameter) for name, parameter in parameters.items()}
+        grown, part = self._grow(graph, anatomy, weights, shards)
+        verify(graph, anatomy, ["find_layers", "grow_river"], grown)
         plan = share_kv(graph, anatomy, grown)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
         points = insert_exits(graph, anatomy, plan, self.config)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits"], grown, plan)
         share_head(graph, plan, self._head_config, weights)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv", "insert_exits", "share_head"], grown, plan)
-        shards = {name: seam.shard_of(parameter) for name, parameter in parameters.items()}
         self._lower(plan, shards, device, rows)
         if self.config.dump_dir is not None:
             _dump(self.config, graph, plan, self._dumped)
             self._dumped += 1
         notes = [*grown.notes]
+        slow = decode and part is not None and part >= 1
+        if slow and not self.config.exact:
+            notes.append(
+                f"exits are closed in passes of {rows} rows: the river's products take {part:.2f} times as long as the "
+                "backbone's there"
+            )
         recorder = self._recorder_for(device, notes, spread)
         if spread is not None and self.config.offloads:
             notes.append("offload_after has no effect on a model that is spread over processes")
@@ -169,21 +181,41 @@ class RiverBackend(State):
         places = (place for place, node in enumerate(graph.placeholders) if node.name in quantized_names)
         facts = GraphFacts(len(anatomy.layers), len(grown.twins), tuple(places), tuple(notes), self, ranks)
         dispatcher = Dispatcher(
-            graph, anatomy, plan, points, quantized, self._state_of, facts, self._artifacts, recorder, spread
+            graph, anatomy, plan, points, quantized, self._state_of, facts, self._artifacts, recorder, spread, slow
         )
         facts.seconds = time.perf_counter() - started
         return dispatcher
+
+    def _grow(
+        self, graph: FxGraph, anatomy: Anatomy, weights: GraphWeights, parameters: Mapping[str, torch.Tensor]
+    ) -> tuple[River, float | None]:
+        """The river of a graph, none of a prompt's that would not pay; and the time of its products as a part of that
+        of the backbone's, where it was measured."""
+        device, decode, rows = _place_of_work(graph, anatomy)
+        wanted = decode or self.config.prefill == "river"
+        forms = self._forms if self._lowering is None and device.type == "cpu" else None
+        known = weights.quantized.lowering.max_rows
+        if not wanted:
+            most = known if forms is None else MOST
+            if self.config.prefill == "backbone" or not isinstance(rows, int) or rows > most:
+                return River(), None
+        grown = grow_river(graph, anatomy, self.config, weights)
+        part = None
+        if forms is not None and isinstance(rows, int):
+            part = river_time(grown.twins.values(), parameters, forms, rows)
+        pays = rows <= known if part is None else part < 1
+        return (grown, part) if wanted or pays else (River(), None)
 
     def _lower(
         self, plan: Plan, parameters: Mapping[str, torch.Tensor], device: torch.device, rows: int | torch.SymInt
     ) -> None:
         """Write the backbone's operations as this machine runs them fastest, and if that costs little such that a row
         does not depend on how many are beside it."""
-        if device.type != "cpu" or not any(value.dtype in SHORT for value in parameters.values()):
+        if device.type != "cpu":
             return
-        if not isinstance(rows, int) or rows <= MOST:
-            lower_few_rows(plan.every_piece, parameters, self._forms)
-        if rows != 1:
+        if self._forms is not None and (not isinstance(rows, int) or rows <= MOST):
+            lower_few_rows(plan.every_piece, parameters, self._forms, rows if isinstance(rows, int) else None)
+        if rows != 1 and any(value.dtype in SHORT for value in parameters.values()):
             for piece in plan.every_piece:
                 lower_attention(piece)
 
@@ -221,11 +253,6 @@ class RiverBackend(State):
             raise InputError("gradients are wanted (call the model under torch.no_grad)")
         offload.check(parameters.values())
         return import_graph(module, list(parameters)), parameters
-
-    def _wants_river_prefill(self, rows: int | torch.SymInt, lowering: Lowering) -> bool:
-        if self.config.prefill == "auto":
-            return isinstance(rows, int) and rows <= lowering.max_rows
-        return self.config.prefill == "river"
 
     def _recorder_for(
         self, device: torch.device, notes: list[str], spread: Spread | None

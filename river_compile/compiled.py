@@ -16,6 +16,7 @@ from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch import generate, offload, seam
 from river_compile.exporters.torch.ranks import ranks_of
 from river_compile.exporters.torch.state import State, States
+from river_compile.exporters.torch.timing import Choice
 from river_compile.exporters.torch.tuning import Tuned, tune_weights
 from river_compile.passes.quantizer import ActivationAware
 from river_compile.statistics import Stats
@@ -187,7 +188,10 @@ def combined(states: Sequence[State]) -> Stats:
     replaced: MutableMapping[torch.Tensor, None] = WeakTensorKeyDictionary()
     decode, prefill, fallbacks, exact = Counter[int](), Counter[int](), Counter[str](), Counter[str]()
     notes: dict[str, None] = {}
+    choices: dict[str, Choice] = {}
     for state in states:
+        if state.compiler is not None:
+            choices |= {choice.product: choice for choice in state.compiler.choices}
         for parameter in list(state.parameters.keys()):
             parameters[parameter] = None
         for parameter in list(state.replaced.keys()):
@@ -214,6 +218,7 @@ def combined(states: Sequence[State]) -> Stats:
         notes=tuple(notes),
         fallbacks=dict(fallbacks),
         exact=dict(exact),
+        choices=tuple(choices.values()),
         offloaded_bytes=sum(parameter.nbytes for parameter in parameters if offload.find(parameter) is not None),
     )
 

@@ -66,6 +66,9 @@ class RiverConfig:
         prefill: whether torch.compile lets a prompt exit, all its tokens at one depth: "river", "backbone" (it runs
             every layer), or "auto" (river only for prompts so short that its products are faster there).
         saved_river: a folder of `river_compile.save_river`: torch.compile takes its weights and its quantizer.
+        autotune: whether torch.compile, on a CPU, times the forms of each product on this machine, takes the fastest,
+            and closes exits where the river's products are no faster than the backbone's; what was timed is kept for
+            later processes. False: torch's own products for the backbone, its 4-bit kernel for the river.
         strict: raise where a compiled model would fall back to the plain backend.
         cuda_graphs: whether torch.compile, on CUDA, runs decode passes as CUDA graphs, one a backbone layer and one for
             the river after each exit depth; they need a static cache and masks of one size. Off by default: it has not
@@ -99,6 +102,7 @@ class RiverConfig:
     dump_dir: Path | None = None
     prefill: str = "auto"
     saved_river: str | Path | None = None
+    autotune: bool = True
     strict: bool = False
     cuda_graphs: bool = False
     exact: bool = False
@@ -122,7 +126,7 @@ class RiverConfig:
         for field, names in named.items():
             if (value := getattr(self, field)) not in names:
                 raise ConfigError(field, f"must be one of {', '.join(names)}, not {value!r}")
-        for field in ("cuda_graphs", "exact", "lookup"):
+        for field in ("autotune", "cuda_graphs", "exact", "lookup"):
             if not isinstance(value := getattr(self, field), bool):
                 raise ConfigError(field, f"must be True or False, not {value!r}")
         if not isinstance(self.quantizer, str) or not self.quantizer:

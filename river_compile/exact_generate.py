@@ -14,7 +14,7 @@ import torch
 from river_compile.compiled import config_of, known_states
 from river_compile.config import RiverConfig
 from river_compile.exporters.torch import generate, seam
-from river_compile.exporters.torch.few_rows import SHORT
+from river_compile.exporters.torch.forms import SHORT
 from river_compile.exporters.torch.ranks import ranks_of
 from river_compile.exporters.torch.state import State, forced_exits
 from river_compile.runtime.exact import Drafting, Experience

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from river_compile.exporters.torch.timing import Choice
 
 __all__ = ["Stats"]
 
@@ -27,6 +31,7 @@ class Stats:
         fallbacks: why a graph was compiled by plain Inductor, and how often.
         exact: of exact decoding: "rounds", "drafted" and "accepted" tokens, "near_ties", and the milliseconds spent
             "drafting" and "verifying"; empty if there was none.
+        choices: the products that were timed on this machine, and the form that was taken of each.
     """
 
     layers: int
@@ -43,6 +48,7 @@ class Stats:
     fallbacks: Mapping[str, int]
     exact: Mapping[str, int] = field(default_factory=dict)
     offloaded_bytes: int = 0
+    choices: tuple[Choice, ...] = ()
 
     @property
     def mean_exit_depth(self) -> float:
@@ -73,6 +79,10 @@ class Stats:
                 f"exact: {self.exact['drafted']} tokens drafted in {self.exact['rounds']} rounds, "
                 f"{self.acceptance:.0%} accepted, {self.exact['near_ties']} near ties"
             )
+        if self.choices:
+            taken = Counter(choice.taken for choice in self.choices).most_common()
+            counts = ", ".join(f"{form} of {count}" for form, count in taken)
+            lines.append(f"{len(self.choices)} kinds of products timed; taken: {counts}")
         lines += list(self.notes)
         lines += [f"plain Inductor, {count} graphs: {why}" for why, count in self.fallbacks.items()]
         return "\n".join(lines)

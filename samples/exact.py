@@ -22,9 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from river_compile.exporters.machine import cpu_name
 from river_compile.measure.drafting import fixed_length, measure_drafts
 from river_compile.measure.fidelity import hub_tokenizer, shipped_texts
-from river_compile.measure.machine import cpu_name
 from river_compile.runtime import Generation, OnnxDecoder
 
 PROSE = (

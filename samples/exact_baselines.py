@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 
 import river_compile
 from river_compile import RiverConfig
+from river_compile.exporters.machine import cpu_name
 from river_compile.exporters.quantizers import quantizer
 from river_compile.exporters.torch.stack import find_stack
 from river_compile.measure.fidelity import hub_tokenizer
-from river_compile.measure.machine import cpu_name
 from river_compile.reference.river import grow_river
 
 

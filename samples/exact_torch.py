@@ -19,8 +19,8 @@ from exact import some_prompts
 from transformers import AutoModelForCausalLM
 
 import river_compile
+from river_compile.exporters.machine import cpu_name
 from river_compile.measure.fidelity import hub_tokenizer
-from river_compile.measure.machine import cpu_name
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ def with_onnxruntime(arguments: argparse.Namespace) -> Any:
 
 
 def table(ways: dict[str, Any], arguments: argparse.Namespace) -> Table:
-    from river_compile.measure.machine import cpu_name
+    from river_compile.exporters.machine import cpu_name
 
     kind = "ONNX Runtime" if arguments.onnx else f"PyTorch, {arguments.dtype}"
     made = Table(title=f"{kind}, {cpu_name()}, {arguments.threads} threads, {arguments.tokens} tokens")

@@ -35,8 +35,8 @@ from side_by_side.environments import CACHE, PeerError
 from side_by_side.models import SHAPES, Models, float_model
 from side_by_side.rounds import Measured, SideBySide, groups
 
+from river_compile.exporters.machine import cpu_name
 from river_compile.measure.fidelity import decoded_documents, hub_tokenizer, load_tokenizer
-from river_compile.measure.machine import cpu_name
 
 LEAD, TEXT_TOKENS, ROOM = 8, 64, 128
 PATIENCE = 1800.0

@@ -165,6 +165,44 @@ def test_a_prompt_exits_where_it_is_told_to(prefill: str, length: int, depths: d
     assert backend.stats().decode_depths == {1: 1}
 
 
+@pytest.mark.parametrize("part", [0.5, 1.5], ids=["a faster river", "a slower river"])
+def test_where_the_river_is_no_faster_no_similarity_makes_a_pass_exit(
+    part: float, without_inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short prompt runs in the river only where that pays; what a caller forces is done all the same."""
+    monkeypatch.setattr("river_compile.backend.river_time", lambda *_: part)
+    model = random_model("llama", 2)
+    backend = RiverBackend(RiverConfig(tau=-1.0))
+    compiled = torch.compile(model, backend=backend)
+    play(model, compiled, prompt(1, 9), 2, "static")
+    depth = 1 if part < 1 else 2
+    stats = backend.stats()
+    assert (stats.prefill_depths, stats.decode_depths) == ({depth: 1}, {depth: 2})
+    closed = (
+        "exits are closed in passes of 1 rows: the river's products take 1.50 times as long as the backbone's there"
+    )
+    assert (closed in stats.notes) == (part >= 1)
+    backend.max_depth = 0
+    play(model, compiled, prompt(1, 9), 2, "static")
+    assert backend.stats().decode_depths[0] == 2
+
+
+@pytest.mark.parametrize(("autotune", "timed"), [(True, {"linear", "loop", "int4"}), (False, set())])
+def test_products_are_timed_unless_a_fixed_table_is_asked_for(
+    autotune: bool, timed: set[str], without_inductor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("river_compile.exporters.torch.timing.SMALL", 0)
+    monkeypatch.setattr("river_compile.exporters.torch.few_rows.SMALL", 0)
+    monkeypatch.setattr("river_compile.exporters.torch.paying.SMALL", 0)
+    model = random_model("llama", 2)
+    compiled = torch.compile(model, backend="river", options={"tau": 2.0, "autotune": autotune})
+    play(model, compiled, prompt(1, 9), 2, "static")
+    stats = river_compile.stats(compiled)
+    assert {form for choice in stats.choices for form in choice.seconds} == timed
+    assert all(choice.taken in choice.seconds for choice in stats.choices)
+    assert ("kinds of products timed" in str(stats)) == autotune
+
+
 def nothing_cached(model: Any, compiled: Any) -> None:
     with torch.no_grad():
         compiled(prompt(1, 3), use_cache=False)

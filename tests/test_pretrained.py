@@ -22,7 +22,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample":
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "compile_piece", as_it_is)
-    monkeypatch.setattr("river_compile.backend.lowering_for", lambda device: Dequantized())
+    monkeypatch.setattr("river_compile.backend.lowering_for", lambda *_: Dequantized())
     torch.compiler.reset()
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn import functional
 
 from river_compile.exporters.torch import seam
-from river_compile.exporters.torch.few_rows import MOST, SHORT
+from river_compile.exporters.torch.forms import MOST, SHORT
 from river_compile.passes.fx.graph import operation, value_of
 from river_compile.passes.fx.pieces import Piece
 

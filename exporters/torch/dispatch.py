@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from river_compile.config import NEVER
 from river_compile.exporters.torch import seam
 from river_compile.exporters.torch.artifacts import Artifacts
 from river_compile.exporters.torch.freshness import samples, traces
@@ -116,6 +117,8 @@ class Dispatcher:
         facts: what is told to each model's state; completed here.
         recorder: makes what records decode passes; None: nothing is recorded.
         spread: of a model that is spread over processes: they leave the backbone together.
+        closed: the river is no faster than the backbone here: no similarity makes a pass exit unless the exit settings
+            are the pass's own.
     """
 
     def __init__(
@@ -130,10 +133,12 @@ class Dispatcher:
         artifacts: Artifacts,
         recorder: Callable[[], Recorder] | None = None,
         spread: Spread | None = None,
+        closed: bool = False,
     ) -> None:
         self._weights, self._points = weights, frozenset(points)
         self._parameters = graph.weights
         self._state_of, self._recorder = state_of, recorder
+        self._closed = closed
         self._spread, self._ranks = spread, None if spread is None else spread.ranks
         self._places: dict[str, int] = {}
         inputs = graph.placeholders
@@ -216,6 +221,8 @@ class Dispatcher:
     def _run(self, this: Pass, state: State) -> int:
         """Run the graph; after how many layers it went on in the river."""
         tau, limit, offsets = state.exits()
+        if self._closed and not state.is_forced:
+            tau, offsets = NEVER, None
         if self._ranks is not None:
             tau, limit, offsets = self._ranks.exits(len(self._layers), tau, limit, offsets)
         limit = len(self._layers) if limit is None else min(limit, len(self._layers))

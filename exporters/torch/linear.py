@@ -11,7 +11,20 @@ from torch.nn import functional
 from river_compile.errors import RiverError
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["Dequantized", "Int4Cpu", "Int4Cuda", "Lowering", "lowering_for"]
+__all__ = [
+    "Dequantized",
+    "Int4Cpu",
+    "Int4Cuda",
+    "Lowering",
+    "int4_operands",
+    "int4_rows",
+    "int8_operands",
+    "int8_rows",
+    "lowering_for",
+]
+
+SLIGHT = 0.02
+"""The most that a second rounding may change a group, as a part of its norm; 4 bits change it by some 0.08."""
 
 
 class Lowering(Protocol):
@@ -64,24 +77,57 @@ def dequantized_product(
 class Int4Cpu:
     """torch's own CPU kernel for 4-bit weights. It computes with bfloat16 activations whatever the model's type.
 
-    8-bit weights are two 4-bit planes, their products added. Groups smaller than the kernel's least stay float.
-    Measured on x86 with AVX-512: faster than bfloat16 up to 4 rows, even at 8, slower from 16 on.
+    8-bit weights are two 4-bit planes, their products added; or torch's kernel for 8-bit weights, which has one scale
+    an output, where that is faster and the second rounding is slight. Groups smaller than the kernel's least stay
+    float. ``max_rows`` is of x86 with AVX-512: faster than bfloat16 up to 4 rows, even at 8, slower from 16 on.
+
+    Args:
+        prefers_int8: whether the kernel for 8-bit weights is so much faster for a weight, of a model of a type; never
+            if None.
     """
 
     name = "int4-cpu"
     max_rows = 4
-    _row_multiple = 16
+
+    def __init__(self, prefers_int8: Callable[[QuantizedWeight, torch.dtype], bool] | None = None) -> None:
+        self._prefers_int8 = prefers_int8
+        if prefers_int8 is not None:
+            self.name = "int4-cpu, timed"
 
     def pack(self, weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
         if weight.group_size < 32:
             return Dequantized().pack(weight, dtype, device)
-        values, parameters = _planes(weight, self._row_multiple)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(device), 1)
-        return packed, parameters.to(device)
+        if weight.bits == 8 and self._prefers_int8 is not None and self._prefers_int8(weight, dtype):
+            values, scales = int8_operands(weight)
+            if _is_close(weight, values, scales):
+                return values.to(device), scales.to(device)
+        packed, parameters = int4_operands(weight)
+        return packed.to(device), parameters.to(device)
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        return int4_product
+        return packed_product
+
+
+def int4_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight as torch's CPU kernel for 4 bits takes it, and scale and middle of each group."""
+    values, parameters = _planes(weight, 16)
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1), parameters
+
+
+def int8_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight rounded a second time, to 8 bits with one scale an output: int8 [outputs, inputs], float32 [outputs]."""
+    exact = torch.from_numpy(weight.dequantize().T)
+    scales = exact.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (exact / scales[:, None]).round().to(torch.int8).contiguous(), scales
+
+
+def _is_close(weight: QuantizedWeight, values: torch.Tensor, scales: torch.Tensor) -> bool:
+    """Whether the second rounding is slight in nine of ten groups: by the norm of all, one large number would hide
+    what it does to the others."""
+    exact = torch.from_numpy(weight.dequantize().T).reshape(weight.values.shape)
+    error = (values * scales[:, None]).reshape(weight.values.shape) - exact
+    return bool((error.norm(dim=-1) <= SLIGHT * exact.norm(dim=-1)).float().mean() >= 0.9)
 
 
 class Int4Cuda:
@@ -106,10 +152,10 @@ class Int4Cuda:
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
-        return int4_product
+        return packed_product
 
 
-def int4_product(
+def packed_product(
     activation: torch.Tensor,
     operands: Sequence[torch.Tensor],
     outputs: int,
@@ -117,12 +163,35 @@ def int4_product(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """By the kernel that the operands are packed for."""
     if len(operands) == 1:
         return functional.linear(activation, operands[0], bias)
-    on_cpu = activation.device.type == "cpu"
-    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
     rows = activation.reshape(-1, activation.shape[-1]).to(torch.bfloat16).contiguous()
-    return _finish(kernel(rows, operands[0], group_size, operands[1]), activation, outputs, bits, bias)
+    if operands[0].dtype == torch.int8:
+        result = int8_rows(rows, operands) * operands[1]
+    else:
+        result = int4_rows(rows, operands, group_size)
+        if bits == 8:
+            half = result.shape[-1] // 2
+            result = result[:, :half] + result[:, half:]
+    result = result[:, :outputs].to(activation.dtype).reshape(*activation.shape[:-1], outputs)
+    return result if bias is None else result + bias
+
+
+def int4_rows(rows: torch.Tensor, operands: Sequence[torch.Tensor], group_size: int) -> torch.Tensor:
+    """torch's kernel on rows, bfloat16 [rows, inputs]: bfloat16 [rows, outputs of all planes, filled up]."""
+    on_cpu = rows.device.type == "cpu"
+    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu if on_cpu else torch.ops.aten._weight_int4pack_mm
+    result: torch.Tensor = kernel(rows, operands[0], group_size, operands[1])
+    return result
+
+
+def int8_rows(rows: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """torch's kernel on rows, bfloat16 [rows, inputs]: bfloat16 [rows, outputs], to be multiplied by the scales. The
+    kernel's own scales would be bfloat16, off by one part in 256 for all of an output."""
+    values, scales = operands
+    result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, values, torch.ones_like(scales, dtype=rows.dtype))
+    return result
 
 
 def _planes(weight: QuantizedWeight, row_multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,25 +216,19 @@ def _planes(weight: QuantizedWeight, row_multiple: int) -> tuple[torch.Tensor, t
     return torch.cat(rows).contiguous(), joined.to(torch.bfloat16)
 
 
-def _finish(
-    result: torch.Tensor, activation: torch.Tensor, outputs: int, bits: int, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """From the kernel's rows to a linear layer's result: planes added, filling cut off, shape and type restored."""
-    if bits == 8:
-        half = result.shape[-1] // 2
-        result = result[:, :half] + result[:, half:]
-    result = result[:, :outputs].to(activation.dtype).reshape(*activation.shape[:-1], outputs)
-    return result if bias is None else result + bias
-
-
-def lowering_for(device: torch.device) -> Lowering:
+def lowering_for(
+    device: torch.device, prefers_int8: Callable[[QuantizedWeight, torch.dtype], bool] | None = None
+) -> Lowering:
     """The fastest lowering that a device has.
+
+    Args:
+        prefers_int8: as `Int4Cpu` takes it.
 
     Raises:
         RiverError: river layers cannot run on this device.
     """
     if device.type == "cpu" and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        return Int4Cpu()
+        return Int4Cpu(prefers_int8)
     if device.type == "cuda" and hasattr(torch.ops.aten, "_weight_int4pack_mm"):
         return Int4Cuda()
     raise RiverError(f"torch {torch.__version__} has no 4-bit linear layer for {device.type}")

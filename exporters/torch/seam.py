@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import os
-import platform
 import sys
 import threading
 import warnings
@@ -23,6 +21,7 @@ import torch
 from torch import fx
 
 from river_compile.errors import RiverError
+from river_compile.exporters.machine import cpu_name
 
 __all__ = [
     "UnsupportedTorch",
@@ -81,7 +80,7 @@ def compile_piece(
         else value
         for value in values
     ]
-    patches = {**_cacheable(module), **_fusible(module, examples), **(options or {})}
+    patches = {**_cacheable(module), **_fusible(module, examples), **_called_from_c(examples), **(options or {})}
     try:
         artifact = compiler(
             module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
@@ -131,6 +130,13 @@ def _fusible(module: fx.GraphModule, values: Sequence[Any]) -> dict[str, Any]:
     return {"epilogue_fusion": False} if flexible and on_cpu else {}
 
 
+def _called_from_c(values: Sequence[Any]) -> dict[str, Any]:
+    """The setting by which Inductor writes what calls a CPU's kernels in C++ as well: in Python that takes a tenth of a
+    small model's pass, more than the kernels of a river that is cut into pieces can spare."""
+    on_cpu = all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
+    return {"cpp_wrapper": True} if on_cpu and hasattr(torch._inductor.config, "cpp_wrapper") else {}
+
+
 @functools.cache
 def _digest_of(module: str) -> str:
     return hashlib.sha256(inspect.getsource(sys.modules[module]).encode()).hexdigest()
@@ -157,7 +163,7 @@ def describe_machine() -> str:
     """The CPU and the torch that measurements hold for."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     level = torch.backends.cpu.get_cpu_capability()
-    return repr((torch.__version__, platform.machine(), os.cpu_count(), level, sorted(map(str, capabilities.items()))))
+    return repr((torch.__version__, cpu_name(), level, sorted(map(str, capabilities.items()))))
 
 
 _library: list[Any] = []

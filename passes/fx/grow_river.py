@@ -55,6 +55,14 @@ class Product:
         return "+".join(linear.weight for linear in self.linears)
 
     @property
+    def inputs(self) -> int:
+        return self.linears[0].inputs
+
+    @property
+    def outputs(self) -> int:
+        return sum(linear.outputs for linear in self.linears)
+
+    @property
     def bits(self) -> int:
         return self.linears[0].bits or 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _EXAMPLES = """\b
 Examples, PyTorch:
   river-bench path/to/hf_model
   river-bench path/to/hf_model --tau 0.97,0.95 --depths 1,4
+  river-bench path/to/hf_model --choices --dtype float32
   river-bench path/to/hf_model --startup --rounds 1
   river-bench path/to/hf_model --json --png bench.png > bench.json
 
@@ -48,7 +50,7 @@ Examples, ONNX Runtime:
       --batch 1,4,16 --context 128,1024,8192 --png sweep.png
 """
 
-_OF_FOLDERS = ("startup", "dtype")
+_OF_FOLDERS = ("startup", "choices", "dtype")
 _OF_FILES = ("plain", "int4", "operators", "contexts", "tokenizer", "threads", "activations")
 _OF_RIVERS = ("bits", "group_size", "head_bits", "activations", "quantizer")
 
@@ -80,6 +82,11 @@ _OF_RIVERS = ("bits", "group_size", "head_bits", "activations", "quantizer")
     is_flag=True,
     help="PyTorch: start-up too: new processes with an empty, then with a filled disk cache.",
 )
+@click.option(
+    "--choices",
+    is_flag=True,
+    help="PyTorch: how long each product takes on this CPU, by form, and which form was taken.",
+)
 @dtype_option("PyTorch: of the model.")
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @bits_option
@@ -108,6 +115,7 @@ def main(
     tokenizer: Path | None,
     threads: int | None,
     startup: bool,
+    choices: bool,
     dtype: str,
     device: str,
     bits: str,
@@ -153,7 +161,7 @@ def main(
         if len(batches) > 1:
             raise ConfigError("batch", "several batch sizes are for ONNX models; a Hugging Face model is timed at one")
         timed |= {"batch": batches[0], "startup": startup}
-        _bench_folder(model, timed, config, dtype, **shown)
+        _bench_folder(model, timed, config, dtype, choices=choices, **shown)
     else:
         _refuse(given, _OF_FOLDERS, "is for Hugging Face folders, and this is an ONNX model")
         timed |= {"batches": batches, "contexts": contexts, "threads": threads}
@@ -183,6 +191,7 @@ def _bench_folder(
     config: RiverConfig,
     dtype: str,
     *,
+    choices: bool,
     as_json: bool,
     png: Path | None,
     quiet: bool,
@@ -198,7 +207,7 @@ def _bench_folder(
 
         title = f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, {result.device}"
         draw_rows(result, title, png)
-    answer(result, show_bench, as_json=as_json)
+    answer(result, partial(show_bench, choices=choices), as_json=as_json)
 
 
 def _bench_file(

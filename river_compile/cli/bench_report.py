@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from river_compile.exporters.torch.timing import Choice
     from river_compile.measure.bench import BenchResult
     from river_compile.measure.bench_rows import ExactTokens, RatedRows
     from river_compile.measure.onnx_bench import BenchPoint, OnnxBench
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 __all__ = ["show_bench", "show_onnx_bench", "startup_table"]
 
 
-def show_bench(console: Console, result: BenchResult) -> None:
-    """Of a Hugging Face model."""
+def show_bench(console: Console, result: BenchResult, *, choices: bool = False) -> None:
+    """Of a Hugging Face model.
+
+    Args:
+        choices: the products that were timed as well.
+    """
     title = f"{Path(result.model).name}, {result.dtype}, batch {result.batch}, decode, {result.device}, "
     console.print(_table(result, title + f"memory {result.bandwidth / 1e9:.1f} GB/s"))
     if result.exact is not None:
         console.print(_exactly(result.exact))
+    if choices:
+        console.print(_choices_table(result.choices))
     if result.startup:
         console.print(startup_table(result))
     seconds = result.compile_seconds
@@ -41,6 +48,26 @@ def show_bench(console: Console, result: BenchResult) -> None:
         f"({both / result.backbone_bytes:.2f}x); most memory while decoding: {peaks['inductor'] / 1e6:.0f} MB "
         f"before the river was made, {peaks['river'] / 1e6:.0f} MB after"
     )
+
+
+def _choices_table(choices: Sequence[Choice]) -> Table:
+    """Microseconds of each product by form; the form that was taken has an asterisk."""
+    table = Table(
+        box=box.SIMPLE,
+        title="products on this machine: microseconds by form; * was taken",
+        title_justify="left",
+    )
+    table.add_column("rows x inputs -> outputs")
+    forms = list(dict.fromkeys(form for choice in choices for form in choice.seconds))
+    for form in forms:
+        table.add_column(form, justify="right")
+    for choice in choices:
+        cells = (
+            f"{choice.seconds[form] * 1e6:.0f}{'*' if form == choice.taken else ' '}" if form in choice.seconds else ""
+            for form in forms
+        )
+        table.add_row(choice.product, *cells)
+    return table
 
 
 def startup_table(result: BenchResult) -> Table:

@@ -20,6 +20,8 @@ import torch
 from river_compile.backend import RiverBackend
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError
+from river_compile.exporters.machine import cpu_name
+from river_compile.exporters.torch.timing import Choice
 from river_compile.measure.bench_rows import (
     BenchRow,
     ExactTokens,
@@ -56,6 +58,7 @@ class BenchResult(RatedRows):
             river costs, at most.
         startup: seconds to the first tokens in new processes, if that was asked for.
         exact: what exact decoding made, if that was asked for.
+        choices: the products that were timed on this machine, and the form that was taken of each.
     """
 
     reference = _REFERENCE
@@ -74,6 +77,7 @@ class BenchResult(RatedRows):
     decode_peak_bytes: dict[str, int]
     startup: list[Startup] = field(default_factory=list)
     exact: ExactTokens | None = None
+    choices: tuple[Choice, ...] = ()
 
     def to_json(self) -> str:
         """Everything, rounds included, and the derived figures, as one JSON object."""
@@ -165,6 +169,7 @@ def bench(
         decode_peak_bytes=peaks,
         startup=startups,
         exact=None if exactly is None else exactly.tokens(),
+        choices=stats.choices,
     )
 
 
@@ -232,4 +237,4 @@ def _peak_bytes(device: str, work: Callable[[], object]) -> int:
 def _device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

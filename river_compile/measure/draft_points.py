@@ -11,7 +11,7 @@ import numpy as np
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import InputError
-from river_compile.measure.machine import cpu_name
+from river_compile.exporters.machine import cpu_name
 from river_compile.runtime.drafting import Costs, DraftLength, expected_speedup
 from river_compile.runtime.exact import Experience
 from river_compile.runtime.steps import Step

@@ -14,6 +14,7 @@ from typing import Any
 
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import ConfigError, InputError
+from river_compile.exporters.machine import cpu_name
 from river_compile.measure.bench_rows import (
     EXITS_OFF,
     BenchRow,
@@ -24,7 +25,6 @@ from river_compile.measure.bench_rows import (
     river_rows,
 )
 from river_compile.measure.fidelity import TextTokenizer
-from river_compile.measure.machine import cpu_name
 from river_compile.measure.onnx_models import Models, context_limit, open_models
 from river_compile.measure.onnx_profile import Operators, profile_operators
 from river_compile.measure.onnx_ways import ExactWay, Prompt, Way, some_prompts

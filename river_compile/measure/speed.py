@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from river_compile.config import ACTIVATIONS, FLOAT, GROUP_SIZES, RiverConfig
+from river_compile.exporters.machine import cpu_name
 from river_compile.measure.drafting import export_candidate
-from river_compile.measure.machine import cpu_name
 from river_compile.measure.tuning import Tuning
 from river_compile.runtime import OnnxDecoder, State
 

@@ -15,7 +15,7 @@ import torch
 from river_compile.config import NEVER
 from river_compile.errors import ConfigError
 from river_compile.exporters.onnx.kv_cache import CACHE_ARGUMENTS
-from river_compile.exporters.torch.few_rows import SHORT
+from river_compile.exporters.torch.forms import SHORT
 from river_compile.runtime import hf_cache
 from river_compile.runtime.exact import Drafting, Experience, exact_steps
 from river_compile.runtime.protocol import Passes, State

@@ -14,8 +14,9 @@ from transformers import DynamicCache, StaticCache
 import river_compile
 from river_compile.errors import ConfigError
 from river_compile.exporters.torch import seam
-from river_compile.exporters.torch.few_rows import Forms, Times, is_steady
+from river_compile.exporters.torch.forms import is_steady
 from river_compile.exporters.torch.linear import Dequantized
+from river_compile.exporters.torch.timing import Forms
 from river_compile.runtime import hf_exact
 from river_compile.runtime.drafting import Costs, DraftLength
 from river_compile.runtime.exact import Experience
@@ -32,7 +33,7 @@ CACHES = (DYNAMIC, STATIC)
 def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces are not compiled, products are float, and drafts cost next to nothing: small models are all overhead."""
     monkeypatch.setattr(seam, "compile_piece", as_it_is)
-    monkeypatch.setattr("river_compile.backend.lowering_for", lambda device: Dequantized())
+    monkeypatch.setattr("river_compile.backend.lowering_for", lambda *_: Dequantized())
     drafts_cost_nothing(monkeypatch)
     torch.compiler.reset()
 
@@ -200,9 +201,11 @@ def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
 
 def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
     """Products with the weight first take this time, and others 1."""
-    times = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
-    few = {name: times[name] for name in ("linear", "weight")}
-    monkeypatch.setattr(Forms, "times", lambda *_: Times(times, few, steady=True))
+    seconds = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
+    few = {name: seconds[name] for name in ("linear", "weight")}
+    of_float = Forms.of_float
+    monkeypatch.setattr(Forms, "of_float", lambda *given: (of_float(*given)[0], seconds if given[-1] == 1 else few))
+    monkeypatch.setattr(Forms, "are_steady", lambda *_: True)
     monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
     lengths = {(count, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for count in (1, 3)}
     experience = Experience(None, lengths)

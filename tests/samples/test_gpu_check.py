@@ -119,8 +119,8 @@ def test_a_product_that_is_off_fails_the_run(tmp_path: Path) -> None:
         "import sys\n"
         "if '--run' in sys.argv or '--run' in sys.orig_argv:\n"
         "    import river_compile.exporters.torch.linear as linear\n"
-        "    right = linear.int4_product\n"
-        "    linear.int4_product = lambda *arguments, **named: right(*arguments, **named) * 1.05\n"
+        "    right = linear.packed_product\n"
+        "    linear.packed_product = lambda *arguments, **named: right(*arguments, **named) * 1.05\n"
     )
     found = Run(tmp_path / "out", "--rehearse", "--sections", "int4", "--minutes", 60, path=tmp_path)
     assert found.status == 1 and found.sections["int4"]["status"] == "wrong"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from river_compile.exporters.torch.attention import attend_by_row
-from river_compile.exporters.torch.few_rows import MOST
+from river_compile.exporters.torch.forms import MOST
 
 
 def _operands(rows: int, keys: int, dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, ...]:

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from river_compile.backend import RiverBackend
 from river_compile.config import RiverConfig
-from river_compile.exporters.torch import few_rows as forms
-from river_compile.exporters.torch.few_rows import MOST, Forms, Times, is_steady, lower_few_rows
+from river_compile.exporters.torch import forms
+from river_compile.exporters.torch.few_rows import lower_few_rows
+from river_compile.exporters.torch.forms import MOST, is_steady
 from river_compile.exporters.torch.remembered import Remembered
+from river_compile.exporters.torch.timing import Forms, Kind
 from river_compile.passes.fx.find_layers import find_layers
 from river_compile.passes.fx.grow_river import River
-from river_compile.passes.fx.pieces import signature
+from river_compile.passes.fx.pieces import Piece, signature
 from river_compile.passes.fx.share_kv import share_kv
 from tests.families import random_model
 from tests.torch_models import as_it_is, capture, play, prompt
 
 
 class Measured(Forms):
-    """Times that are given, not measured: of one row, and of several in the same proportion."""
+    """Times that are given, not measured, and the same for all products."""
 
-    def __init__(self, steady: bool = True, **single: float) -> None:
+    def __init__(self, steady: bool = True, **seconds: float) -> None:
         super().__init__(as_it_is, {})
-        self._given = Times(single, {name: time for name, time in single.items() if name != "loop"}, steady)
+        self._seconds, self._steady = seconds, steady
 
-    def times(self, weights: Sequence[torch.Tensor], transposed: bool) -> Times:
-        return self._given
+    def of_float(
+        self, weights: Sequence[torch.Tensor], transposed: bool, rows: int
+    ) -> tuple[Kind, Mapping[str, float]]:
+        seconds = {name: time for name, time in self._seconds.items() if name != "loop" or rows == 1}
+        return Kind(rows, *weights[0].shape, weights[0].dtype), seconds
+
+    def are_steady(self, weight: torch.Tensor, transposed: bool) -> bool:
+        return self._steady
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -82,14 +91,31 @@ def test_many_rows_are_torchs_own_product() -> None:
     assert torch.equal(forms.few_rows(activation, weight, None), torch.nn.functional.linear(activation, weight))
 
 
-def test_float32_stays() -> None:
+def test_small_products_in_float32_stay() -> None:
     *_, decode = capture("llama", "static")
     plan = share_kv(decode, find_layers(decode), River())
     parameters = {node.name: torch.empty(0) for node in decode.placeholders}
     for piece in plan.pieces:
         before = signature(piece)
-        assert lower_few_rows([piece], parameters, Measured(linear=3, loop=2, weight=1)) == 0
+        assert lower_few_rows([piece], parameters, Measured(linear=3, loop=2, weight=1), 1) == 0
         assert signature(piece) == before
+
+
+@pytest.mark.parametrize(("loop", "expected"), [(0.5, 1), (0.95, 0)], ids=["much faster", "hardly faster"])
+def test_a_large_product_in_float32_takes_the_loop_where_that_is_much_faster(loop: float, expected: int) -> None:
+    graph = fx.Graph()
+    activation, weight = graph.placeholder("activation"), graph.placeholder("weight")
+    product = graph.call_function(torch.nn.functional.linear, (activation, weight))
+    graph.output((product,))
+    values = {activation: torch.randn(1, 1, 256), weight: torch.randn(512, 256)}
+    for node, value in {**values, product: torch.empty(1, 1, 512)}.items():
+        node.meta["example_value"] = value
+    piece = Piece(graph, {}, ("activation", "weight"), ("product",))
+    forms = Measured(linear=1.0, loop=loop)
+    assert lower_few_rows([piece], {"weight": values[weight]}, forms, 1) == expected
+    assert [choice.taken for choice in forms.choices.values()] == ["loop" if expected else "linear"]
+    (found,) = piece.module()(*values.values())
+    torch.testing.assert_close(found, torch.nn.functional.linear(*values.values()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +142,7 @@ def test_the_fastest_form_is_taken(
     monkeypatch.setattr(backend, "_forms", Measured(steady, **times))
     play(model, torch.compile(model, backend=backend), prompt(1, 20), 2, "static")
     text = "".join(path.read_text() for path in sorted(tmp_path.iterdir())[-1:])
-    found = {name: text.count(f"few_rows_{name}(") for name in ("single_row", "by_loop")}
+    found = {name: text.count(f"forms_{name}(") for name in ("single_row", "by_loop")}
     # Seven in a layer, and the LM head; the river's own products are quantized already.
     assert found == {name: (2 * 7 + 1) * (name == expected) for name in found}
 
@@ -155,30 +181,40 @@ def test_a_bfloat16_model_says_what_it_said(
 def test_what_was_measured_is_found_by_the_next_process(tmp_path: Path) -> None:
     weights = [torch.randn(64, 32).bfloat16() for _ in range(3)]
     first = Remembered(tmp_path)
-    measured = Forms(as_it_is, first).times(weights, True)
-    assert set(measured.single) == {"linear", "loop", "weight"}
-    assert all(0 < seconds < 1 for seconds in [*measured.single.values(), *measured.few.values()])
+    ours = Forms(as_it_is, first)
+    _, single = ours.of_float(weights, True, 1)
+    _, few = ours.of_float(weights, True, 4)
+    eight = ours.of_river(Kind(1, 256, 512, torch.float32, 8, 32))
+    assert [set(found) for found in (single, few, eight)] == [
+        {"linear", "loop", "weight"},
+        {"linear", "weight"},
+        {"int4", "int8"},
+    ]
+    assert all(0 < seconds < 1 for found in (single, few, eight) for seconds in found.values())
+    steady = ours.are_steady(weights[0], True)
     again = Remembered(tmp_path)
     assert dict(again) == dict(first)
 
     def no_compiler(*_: object) -> None:
         raise AssertionError("it was measured already")
 
-    assert Forms(no_compiler, again).times(weights, True) == measured  # type: ignore[arg-type]
+    later = Forms(no_compiler, again)  # type: ignore[arg-type]
+    assert later.of_float(weights, True, 1)[1] == single
+    assert later.are_steady(weights[0], True) == steady
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": {"b": 1}}', "\0"])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": {"b": "c"}}', '{"a": 1}', "\0"])
 def test_a_file_that_cannot_be_read_is_as_none(content: str, tmp_path: Path) -> None:
     remembered = Remembered(tmp_path)
     remembered.path.parent.mkdir()
     remembered.path.write_text(content)
     assert len(remembered) == 0
-    remembered["a"] = Times({"linear": 1.0}, {"linear": 1.0}, False)
+    remembered["a"] = {"linear": 1.0}
     assert list(json.loads(remembered.path.read_text())) == ["a"]
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     (tmp_path / "river").write_text("a file where the folder would be")
     remembered = Remembered(tmp_path)
-    remembered["a"] = Times({"linear": 1.0}, {"linear": 1.0}, False)
-    assert remembered["a"].single == {"linear": 1.0}
+    remembered["a"] = {"linear": 1.0}
+    assert remembered["a"] == {"linear": 1.0}

@@ -9,6 +9,7 @@ from river_compile.exporters.quantizers.rtn import RoundToNearest
 from river_compile.exporters.torch.linear import Dequantized, Int4Cpu, Int4Cuda, lowering_for
 from river_compile.exporters.torch.weights import Store
 from river_compile.passes.fx.grow_river import Product, RiverLinear
+from river_compile.passes.quantizer import QuantizedWeight
 
 
 def linear(inputs: int, outputs: int, bits: int = 4, group_size: int = 32, transposed: bool = True) -> RiverLinear:
@@ -47,6 +48,34 @@ def test_the_cpu_kernel_multiplies_with_the_dequantized_weight(
     assert found.shape == (2, 3, outputs)
     scale = float(expected.abs().max())
     assert float((found.float() - expected).abs().max()) < 0.01 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_eight_bits_take_one_scale_an_output_where_that_is_faster_and_close(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    asked: list[torch.dtype] = []
+
+    def prefers_int8(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+        asked.append(dtype)
+        return True
+
+    lowering = Int4Cpu(prefers_int8)
+    weight = torch.randn(64, 40)
+    eight = RoundToNearest().quantize(weight.numpy(), 8, 32)
+    operands = lowering.pack(eight, dtype, torch.device("cpu"))
+    assert [operand.dtype for operand in operands] == [torch.int8, torch.float32]
+    activation, addend = torch.randn(2, 3, 64, dtype=dtype), torch.randn(40, dtype=dtype)
+    found = lowering.function(activation, operands, 40, 8, 32, addend)
+    expected = activation.float() @ torch.from_numpy(eight.dequantize()) + addend.float()
+    assert (found.dtype, found.shape) == (dtype, (2, 3, 40))
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.015
+    # A number that stands out takes the step of all others of its output, and groups would have kept them apart.
+    weight[0] = 50
+    apart = RoundToNearest().quantize(weight.numpy(), 8, 32)
+    assert lowering.pack(apart, dtype, torch.device("cpu"))[0].dtype != torch.int8
+    four = RoundToNearest().quantize(weight.numpy(), 4, 32)
+    assert lowering.pack(four, dtype, torch.device("cpu"))[0].dtype != torch.int8
+    assert asked == [dtype, dtype]
 
 
 def test_eight_bits_are_far_closer_to_the_float_product_than_four() -> None:
