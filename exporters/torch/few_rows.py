@@ -30,8 +30,9 @@ _Alike = tuple[bool, torch.dtype, tuple[int, ...]]
 def lower_few_rows(
     pieces: Sequence[Piece], parameters: Mapping[str, torch.Tensor], forms: Forms, rows: int | None
 ) -> int:
-    """Compute products of few rows in the form that was measured to be the fastest; in 16 bits with the weight first if
-    a row then comes out the same beside any others, and all of them together lose no more than `WORTH` by that.
+    """Compute products of few rows in the form that was measured to be much the fastest; in 16 bits with the weight
+    first if a row then comes out the same beside any others, and all of them together lose no more than `WORTH` by
+    that.
 
     Args:
         parameters: the values that are parameters, by name.
@@ -51,7 +52,7 @@ def lower_few_rows(
         key = _alike(linear, parameters[linear.weight])
         single = _is_single(linear)
         kind, seconds = forms.of_float(alike[key], linear.transposed, 1 if single else rows or _FEW)
-        form = "weight" if steady and key[1] in SHORT else _fastest(seconds, key[1])
+        form = "weight" if steady and key[1] in SHORT else _fastest(seconds)
         forms.choose(kind, seconds, form)
         if form != "linear":
             _rewrite(piece, linear, form, single)
@@ -70,9 +71,9 @@ def _is_worth_it(alike: Mapping[_Alike, Sequence[torch.Tensor]], forms: Forms) -
     )
 
 
-def _fastest(seconds: Mapping[str, float], dtype: torch.dtype) -> str:
+def _fastest(seconds: Mapping[str, float]) -> str:
     best = min(seconds, key=lambda name: seconds[name])
-    return best if dtype in SHORT or seconds[best] <= GAIN * seconds["linear"] else "linear"
+    return best if seconds[best] <= GAIN * seconds["linear"] else "linear"
 
 
 def _products(piece: Piece, parameters: Mapping[str, torch.Tensor]) -> list[Linear]:

@@ -82,9 +82,12 @@ def compile_piece(
     ]
     patches = {**_cacheable(module), **_fusible(module, examples), **_called_from_c(examples), **(options or {})}
     try:
-        artifact = compiler(
-            module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
-        )
+        with warnings.catch_warnings():
+            # What a river is in a float16 model: torch's 4-bit kernel is fast in bfloat16 alone.
+            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
+            artifact = compiler(
+                module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
+            )
     except Exception as error:
         if not _is_wrong_source(error):
             raise

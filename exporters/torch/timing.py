@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from river_compile.exporters.torch.forms import MOST, SHORT, by_loop, is_steady
+from river_compile.exporters.torch.forms import MOST, SHORT, by_loop, few_rows, is_steady, single_row
 from river_compile.exporters.torch.linear import int4_operands, int4_rows, int8_operands, int8_rows
 from river_compile.passes.quantizer import QuantizedWeight
 
@@ -20,8 +20,9 @@ __all__ = ["SMALL", "Choice", "Forms", "Kind"]
 
 SMALL = 2**16
 """Numbers of a weight below which a product is not bound by reading it, and takes the form of the fixed table."""
-GAIN = 0.9
-"""What part of the fixed table's time another form may take at most where only speed speaks for it."""
+GAIN = 0.75
+"""What part of the fixed table's time another form may take at most where only speed speaks for it: on a shared machine
+two times of the same product differ by a fifth, and some forms cost more within a graph than alone."""
 
 _ROUNDS, _TIMED, _JOINED = 6, 12, 4
 _LARGEST = 2**24
@@ -130,7 +131,7 @@ class Forms:
     def _time_float(self, weights: Sequence[torch.Tensor], rows: int) -> dict[str, float]:
         first = weights[0]
         inputs = first.shape[1]
-        given, pair = first.new_ones((rows, inputs)), first.new_ones((max(rows, 2), inputs))
+        given = first.new_ones((rows, inputs))
         together = [weights[start : start + _JOINED] for start in range(0, len(weights), _JOINED)]
         forms = {"linear": _each(lambda weight: functional.linear(given, weight), together)}
         if rows == 1 and (first.dtype in SHORT or first.numel() >= SMALL):
@@ -138,7 +139,8 @@ class Forms:
             loop = self._loop(given, looped[0])
             forms["loop"] = [lambda part=part: loop(given, *part) for part in looped]  # type: ignore[misc]
         if rows <= MOST and first.dtype in SHORT:
-            forms["weight"] = _each(lambda weight: torch.mm(weight, pair.t()), together)
+            weight_first = single_row if rows == 1 else few_rows
+            forms["weight"] = _each(lambda weight: weight_first(given, weight, None), together)
         return {name: seconds / len(together[0]) for name, seconds in _times(forms).items()}
 
     def _loop(self, row: torch.Tensor, weights: Sequence[torch.Tensor]) -> Callable[..., Any]:
