@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 
+_WORTH_A_CORE = 4096
+"""Numbers that a loop of a piece must have for each core that it is spread over."""
 GRAPHS = 64
 """How many graphs of one function a generation may compile."""
 _PACKAGE = f"{__name__.partition('.')[0]}."
@@ -80,7 +82,7 @@ def compile_piece(
         else value
         for value in values
     ]
-    patches = {**_cacheable(module), **_fusible(module, examples), **_called_from_c(examples), **(options or {})}
+    patches = {**_cacheable(module), **_fusible(module, examples), **_for_a_cpu(examples), **(options or {})}
     try:
         with warnings.catch_warnings():
             # What a river is in a float16 model: torch's 4-bit kernel is fast in bfloat16 alone.
@@ -133,11 +135,11 @@ def _fusible(module: fx.GraphModule, values: Sequence[Any]) -> dict[str, Any]:
     return {"epilogue_fusion": False} if flexible and on_cpu else {}
 
 
-def _called_from_c(values: Sequence[Any]) -> dict[str, Any]:
-    """The setting by which Inductor writes what calls a CPU's kernels in C++ as well: in Python that takes a tenth of a
-    small model's pass, more than the kernels of a river that is cut into pieces can spare."""
+def _for_a_cpu(values: Sequence[Any]) -> dict[str, Any]:
+    """The settings by which Inductor writes what calls the kernels in C++ as well, since in Python that takes a tenth
+    of a small model's pass; and keeps the norms and sums of a single row on one core."""
     on_cpu = all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
-    return {"cpp_wrapper": True} if on_cpu and hasattr(torch._inductor.config, "cpp_wrapper") else {}
+    return {"cpp_wrapper": True, "cpp.min_chunk_size": _WORTH_A_CORE} if on_cpu else {}
 
 
 @functools.cache
