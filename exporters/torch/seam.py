@@ -82,14 +82,16 @@ def compile_piece(
         else value
         for value in values
     ]
-    patches = {**_cacheable(module), **_fusible(module, examples), **_for_a_cpu(examples), **(options or {})}
+    patches = {**_cacheable(module), **_fusible(module, examples), **(options or {})}
+    called_from_c = _called_from_c(examples)
+    compile_with = functools.partial(_compile, compiler, module, examples)
     try:
-        with warnings.catch_warnings():
-            # What a river is in a float16 model: torch's 4-bit kernel is fast in bfloat16 alone.
-            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
-            artifact = compiler(
-                module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches}
-            )
+        try:
+            artifact = compile_with(called_from_c | patches)
+        except Exception:
+            if not called_from_c:
+                raise
+            artifact = compile_with(patches)
     except Exception as error:
         if not _is_wrong_source(error):
             raise
@@ -101,6 +103,15 @@ def compile_piece(
         return module
     # The artifact's own call only hands the arguments on.
     return getattr(artifact, "_compiled_fn", artifact)  # type: ignore[no-any-return]
+
+
+def _compile(
+    compiler: Callable[..., Any], module: fx.GraphModule, examples: Sequence[Any], patches: dict[str, Any]
+) -> Any:
+    with warnings.catch_warnings():
+        # What a river is in a float16 model: torch's 4-bit kernel is fast in bfloat16 alone.
+        warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
+        return compiler(module, examples, dynamic_shapes="from_tracing_context", options={"config_patches": patches})
 
 
 def _is_wrong_source(error: Exception) -> bool:
@@ -135,9 +146,9 @@ def _fusible(module: fx.GraphModule, values: Sequence[Any]) -> dict[str, Any]:
     return {"epilogue_fusion": False} if flexible and on_cpu else {}
 
 
-def _for_a_cpu(values: Sequence[Any]) -> dict[str, Any]:
-    """The settings by which Inductor writes what calls the kernels in C++ as well, since in Python that takes a tenth
-    of a small model's pass; and keeps the norms and sums of a single row on one core."""
+def _called_from_c(values: Sequence[Any]) -> dict[str, Any]:
+    """The settings by which Inductor writes what calls a CPU's kernels in C++ as well, since in Python that takes a
+    tenth of a small model's pass; and keeps the norms and sums of a single row on one core."""
     on_cpu = all(value.device.type == "cpu" for value in values if isinstance(value, torch.Tensor))
     return {"cpp_wrapper": True, "cpp.min_chunk_size": _WORTH_A_CORE} if on_cpu else {}
 

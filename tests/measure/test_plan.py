@@ -22,7 +22,15 @@ GB = 1e9
 
 
 @pytest.mark.parametrize(
-    ("family", "bits"), [("llama", 4), ("llama", 8), ("qwen2", 4), ("gemma2", 8), ("gpt2", 4), ("phi3", 8)]
+    ("family", "bits"),
+    [
+        ("llama", 4),
+        ("gemma2", 8),
+        ("gpt2", 4),
+        ("phi3", 8),
+        pytest.param("llama", 8, marks=pytest.mark.slow),
+        pytest.param("qwen2", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_sizes_are_those_of_the_model_and_the_river_that_is_made(family: str, bits: int, tmp_path: Path) -> None:
     torch.compiler.reset()

@@ -104,7 +104,15 @@ def binding(module: torch.fx.GraphModule, values: Any) -> Any:
 
 
 # With a window of 8 tokens, masks have sizes of their own.
-@pytest.mark.parametrize(("family", "window"), [("gemma2", 8), ("gemma3", 8), ("mistral", 8), ("gemma2", 4096)])
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [
+        ("gemma2", 8),
+        ("gemma2", 4096),
+        pytest.param("gemma3", 8, marks=pytest.mark.slow),
+        pytest.param("mistral", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_each_piece_can_bind_every_size_that_it_needs(family: str, window: int) -> None:
     torch.compiler.reset()
     model = random_model(family)
