@@ -155,7 +155,9 @@ class RiverBackend(State):
         quantized = Quantized(self.store, lowering, quantizer(chosen), quantizer(without_texts(chosen)))
         weights = GraphWeights(quantized, parameters)
         shards = {name: seam.shard_of(parameter) for name, parameter in parameters.items()}
-        grown, part = self._grow(graph, anatomy, weights, shards)
+        # What each process measured would have them disagree on whether a prompt has a river.
+        timed = self._forms if self._lowering is None and device.type == "cpu" and ranks is None else None
+        grown, part = self._grow(graph, anatomy, weights, shards, timed)
         verify(graph, anatomy, ["find_layers", "grow_river"], grown)
         plan = share_kv(graph, anatomy, grown)
         verify(graph, anatomy, ["find_layers", "grow_river", "share_kv"], grown, plan)
@@ -187,13 +189,17 @@ class RiverBackend(State):
         return dispatcher
 
     def _grow(
-        self, graph: FxGraph, anatomy: Anatomy, weights: GraphWeights, parameters: Mapping[str, torch.Tensor]
+        self,
+        graph: FxGraph,
+        anatomy: Anatomy,
+        weights: GraphWeights,
+        parameters: Mapping[str, torch.Tensor],
+        forms: Forms | None,
     ) -> tuple[River, float | None]:
         """The river of a graph, none of a prompt's that would not pay; and the time of its products as a part of that
-        of the backbone's, where it was measured."""
-        device, decode, rows = _place_of_work(graph, anatomy)
+        of the backbone's, where it is measured."""
+        _, decode, rows = _place_of_work(graph, anatomy)
         wanted = decode or self.config.prefill == "river"
-        forms = self._forms if self._lowering is None and device.type == "cpu" else None
         known = weights.quantized.lowering.max_rows
         if not wanted:
             most = known if forms is None else MOST

@@ -24,7 +24,10 @@ __all__ = [
 ]
 
 SLIGHT = 0.02
-"""The most that a second rounding may change a group, as a part of its norm; 4 bits change it by some 0.08."""
+"""What a second rounding may change a group by, as a part of its norm; 4 bits change it by some 0.08."""
+MOSTLY = 0.9
+"""The part of the groups that it may not change by more: by the norm of all, one large number would hide the others."""
+_BLOCK = 4096
 
 
 class Lowering(Protocol):
@@ -98,8 +101,8 @@ class Int4Cpu:
         if weight.group_size < 32:
             return Dequantized().pack(weight, dtype, device)
         if weight.bits == 8 and self._prefers_int8 is not None and self._prefers_int8(weight, dtype):
-            values, scales = int8_operands(weight)
-            if _is_close(weight, values, scales):
+            values, scales, close = int8_operands(weight)
+            if close >= MOSTLY:
                 return values.to(device), scales.to(device)
         packed, parameters = int4_operands(weight)
         return packed.to(device), parameters.to(device)
@@ -115,19 +118,21 @@ def int4_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1), parameters
 
 
-def int8_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight rounded a second time, to 8 bits with one scale an output: int8 [outputs, inputs], float32 [outputs]."""
-    exact = torch.from_numpy(weight.dequantize().T)
-    scales = exact.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (exact / scales[:, None]).round().to(torch.int8).contiguous(), scales
-
-
-def _is_close(weight: QuantizedWeight, values: torch.Tensor, scales: torch.Tensor) -> bool:
-    """Whether the second rounding is slight in nine of ten groups: by the norm of all, one large number would hide
-    what it does to the others."""
-    exact = torch.from_numpy(weight.dequantize().T).reshape(weight.values.shape)
-    error = (values * scales[:, None]).reshape(weight.values.shape) - exact
-    return bool((error.norm(dim=-1) <= SLIGHT * exact.norm(dim=-1)).float().mean() >= 0.9)
+def int8_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A weight rounded a second time, to 8 bits with one scale an output: int8 [outputs, inputs], float32 [outputs],
+    and the part of its groups that this changes by `SLIGHT` at most."""
+    values, scales, close = [], [], 0
+    for start in range(0, len(weight.values), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        part = QuantizedWeight(weight.values[rows], weight.scales[rows], weight.zero_points[rows], weight.bits)
+        exact = torch.from_numpy(part.dequantize().T)
+        scale = exact.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        rounded = (exact / scale[:, None]).round()
+        error = (rounded * scale[:, None] - exact).reshape(part.values.shape).norm(dim=-1)
+        close += int((error <= SLIGHT * exact.reshape(part.values.shape).norm(dim=-1)).sum())
+        values.append(rounded.to(torch.int8))
+        scales.append(scale)
+    return torch.cat(values).contiguous(), torch.cat(scales), close / weight.scales.size
 
 
 class Int4Cuda:
