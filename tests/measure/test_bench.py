@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from river_compile.cli.bench import main
+from river_compile.cli.bench_report import show_bench
 from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.timing import Choice
 from river_compile.measure.bench import BenchResult, BenchRow
 from tests.families import random_model
 from tests.torch_models import as_it_is
@@ -30,6 +35,22 @@ def test_ratios_are_within_rounds_and_the_limit_is_bytes_over_bandwidth() -> Non
 
 
 @pytest.mark.slow
+def test_products_are_a_table_in_which_what_was_taken_is_marked() -> None:
+    choices = (
+        Choice("1 x 576 -> 960, float32, float", "linear", {"linear": 1.2e-4, "loop": 1.1e-4}),
+        Choice("1 x 576 -> 960, float32, 8 bits, groups of 32", "int8", {"int4": 9e-5, "int8": 5e-5}),
+    )
+    result = BenchResult("m", "cpu", "bfloat16", 1, 3, 3, 1e9, [BenchRow("inductor", seconds=[1.0])], {}, 10, 2, {})
+    result = replace(result, compile_seconds=dict.fromkeys(("inductor", "river"), 1.0), choices=choices)
+    result = replace(result, decode_peak_bytes=dict.fromkeys(("inductor", "river"), 10))
+    console = Console(file=io.StringIO(), width=120)
+    show_bench(console, result, choices=True)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    shown = {line.split(", groups")[0].strip(): line.split()[-2:] for line in lines if "x 576 ->" in line}
+    assert list(shown.values()) == [["120*", "110"], ["90", "50*"]]
+    assert json.loads(result.to_json())["choices"][1]["taken"] == "int8"
+
+
 def test_the_command_measures_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "compile_piece", as_it_is)
     torch.compiler.reset()
