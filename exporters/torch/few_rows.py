@@ -8,11 +8,12 @@ rows are computed beside it. Exact decoding lives on that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from river_compile.exporters.torch.forms import SHORT, by_loop, few_rows, single_row
-from river_compile.exporters.torch.timing import GAIN, SMALL, Forms
+from river_compile.exporters.torch.timing import GAIN, SMALL, Forms, Kind, alike
 from river_compile.passes.fx.graph import value_of
 from river_compile.passes.fx.linear import Linear, find_linears
 from river_compile.passes.fx.pieces import Piece
@@ -23,8 +24,6 @@ WORTH = 0.25
 """What part more time passes may take so that a row comes out the same however many are computed beside it: then exact
 decoding says what plain decoding says."""
 _FEW = 4
-
-_Alike = tuple[bool, torch.dtype, tuple[int, ...]]
 
 
 def lower_few_rows(
@@ -41,18 +40,16 @@ def lower_few_rows(
     Ensures: the same products up to the order of their sums. Returns how many were rewritten.
     """
     found = [(piece, linear) for piece in pieces for linear in _products(piece, parameters)]
-    groups: dict[_Alike, dict[int, torch.Tensor]] = {}
-    for _, linear in found:
-        weight = parameters[linear.weight]
-        groups.setdefault(_alike(linear, weight), {})[id(weight)] = weight
-    alike = {key: list(weights.values()) for key, weights in groups.items()}
-    steady = _is_worth_it({key: weights for key, weights in alike.items() if key[1] in SHORT}, forms)
+    given = [(parameters[linear.weight], linear.transposed) for _, linear in found]
+    weights = alike({id(weight): (weight, transposed) for weight, transposed in given}.values())
+    steady = _is_worth_it({kind: some for kind, some in weights.items() if kind.dtype in SHORT}, forms)
     rewritten = 0
     for piece, linear in found:
-        key = _alike(linear, parameters[linear.weight])
+        one = Kind.of(parameters[linear.weight], linear.transposed)
         single = _is_single(linear)
-        kind, seconds = forms.of_float(alike[key], linear.transposed, 1 if single else rows or _FEW)
-        form = "weight" if steady and key[1] in SHORT else _fastest(seconds)
+        kind = one if single else replace(one, rows=rows or _FEW)
+        seconds = forms.of_float(kind, weights[one])
+        form = "weight" if steady and kind.dtype in SHORT else _fastest(seconds)
         forms.choose(kind, seconds, form)
         if form != "linear":
             _rewrite(piece, linear, form, single)
@@ -60,14 +57,14 @@ def lower_few_rows(
     return rewritten
 
 
-def _is_worth_it(alike: Mapping[_Alike, Sequence[torch.Tensor]], forms: Forms) -> bool:
+def _is_worth_it(weights: Mapping[Kind, Sequence[torch.Tensor]], forms: Forms) -> bool:
     """Whether the weight comes first in all products: by passes of one row, whatever a graph's are, since all graphs of
     a model take the same form."""
-    seconds = {key: forms.of_float(weights, key[0], 1)[1] for key, weights in alike.items()}
-    weight_first = sum(len(weights) * seconds[key]["weight"] for key, weights in alike.items())
-    fastest = sum(len(weights) * min(seconds[key].values()) for key, weights in alike.items())
+    seconds = {kind: forms.of_float(kind, some) for kind, some in weights.items()}
+    weight_first = sum(len(some) * seconds[kind]["weight"] for kind, some in weights.items())
+    fastest = sum(len(some) * min(seconds[kind].values()) for kind, some in weights.items())
     return weight_first <= (1 + WORTH) * fastest and all(
-        forms.are_steady(weights[0], key[0]) for key, weights in alike.items()
+        forms.are_steady(kind, some[0]) for kind, some in weights.items()
     )
 
 
@@ -84,10 +81,6 @@ def _products(piece: Piece, parameters: Mapping[str, torch.Tensor]) -> list[Line
 
 def _is_large(linear: Linear) -> bool:
     return value_of(linear.node).dtype == torch.float32 and linear.inputs * linear.outputs >= SMALL
-
-
-def _alike(linear: Linear, weight: torch.Tensor) -> _Alike:
-    return linear.transposed, weight.dtype, tuple(weight.shape)
 
 
 def _is_single(linear: Linear) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 
-from river_compile.exporters.torch.timing import SMALL, Forms, Kind
+from river_compile.exporters.torch.timing import SMALL, Forms, Kind, alike
 from river_compile.passes.fx.grow_river import Product, Twin
 
 __all__ = ["river_time"]
@@ -24,15 +24,12 @@ def river_time(
     """
     products = [product for twin in twins for product in twin.products.values()]
     timed = [product for product in products if product.inputs * product.outputs >= SMALL]
-    counts = Counter((linear.transposed, linear.weight) for product in timed for linear in product.linears)
-    alike: dict[tuple[bool, torch.dtype, tuple[int, ...]], list[torch.Tensor]] = {}
-    for transposed, name in counts.elements():
-        weight = parameters[name]
-        alike.setdefault((transposed, weight.dtype, tuple(weight.shape)), []).append(weight)
-    if not alike:
+    linears = [linear for product in timed for linear in product.linears]
+    weights = alike((parameters[linear.weight], linear.transposed) for linear in linears)
+    if not weights:
         return None
     backbone = sum(
-        len(weights) * min(forms.of_float(weights, key[0], rows)[1].values()) for key, weights in alike.items()
+        len(some) * min(forms.of_float(replace(kind, rows=rows), some).values()) for kind, some in weights.items()
     )
     dtypes = [parameters[product.linears[0].weight].dtype for product in timed]
     return sum(_seconds(product, dtype, forms, rows) for product, dtype in zip(timed, dtypes, strict=True)) / backbone

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from river_compile.exporters.torch.forms import MOST, SHORT, by_loop, few_rows, 
 from river_compile.exporters.torch.linear import int4_operands, int4_rows, int8_operands, int8_rows
 from river_compile.passes.quantizer import QuantizedWeight
 
-__all__ = ["SMALL", "Choice", "Forms", "Kind"]
+__all__ = ["GAIN", "SMALL", "Choice", "Forms", "Kind", "alike"]
 
 SMALL = 2**16
 """Numbers of a weight below which a product is not bound by reading it, and takes the form of the fixed table."""
@@ -44,10 +44,25 @@ class Kind:
     group_size: int | None = None
     transposed: bool = True
 
+    @classmethod
+    def of(cls, weight: torch.Tensor, transposed: bool) -> Kind:
+        """Products of one row with a weight of the backbone."""
+        outputs, inputs = weight.shape if transposed else reversed(weight.shape)
+        return cls(1, inputs, outputs, weight.dtype, transposed=transposed)
+
     def __str__(self) -> str:
         weight = "float" if self.bits is None else f"{self.bits} bits, groups of {self.group_size}"
         order = "" if self.transposed else ", [inputs, outputs]"
         return f"{self.rows} x {self.inputs} -> {self.outputs}, {_name(self.dtype)}, {weight}{order}"
+
+
+def alike(weights: Iterable[tuple[torch.Tensor, bool]]) -> dict[Kind, list[torch.Tensor]]:
+    """The backbone's weights by the kind of their products of one row; with each is given whether it is [outputs,
+    inputs]."""
+    found: dict[Kind, list[torch.Tensor]] = {}
+    for weight, transposed in weights:
+        found.setdefault(Kind.of(weight, transposed), []).append(weight)
+    return found
 
 
 @dataclass(frozen=True)
@@ -79,19 +94,9 @@ class Forms:
         self._compiler, self._known = compiler, known
         self.choices: dict[Kind, Choice] = {}
 
-    def of_float(
-        self, weights: Sequence[torch.Tensor], transposed: bool, rows: int
-    ) -> tuple[Kind, Mapping[str, float]]:
-        """The kind of products of so many rows with these weights, which have one type and shape, and their seconds.
-
-        Args:
-            transposed: whether a weight is [outputs, inputs].
-        """
-        first = weights[0] if transposed else weights[0].t()
-        outputs, inputs = first.shape
-        kind = Kind(rows, inputs, outputs, first.dtype, transposed=transposed)
-        ready = [(weight if transposed else weight.t()).detach() for weight in weights[:_TIMED]]
-        return kind, self._found(kind, lambda: self._time_float(ready, rows))
+    def of_float(self, kind: Kind, weights: Sequence[torch.Tensor]) -> Mapping[str, float]:
+        """Seconds of a product with weights of the backbone, which are all of this kind."""
+        return self._found(kind, lambda: self._time_float(kind, weights[:_TIMED]))
 
     def of_river(self, kind: Kind) -> Mapping[str, float]:
         """Seconds of a product with a quantized weight."""
@@ -112,11 +117,10 @@ class Forms:
         outputs, groups, group_size = weight.values.shape
         return self.taken(Kind(1, groups * group_size, outputs, dtype, weight.bits, group_size)) == "int8"
 
-    def are_steady(self, weight: torch.Tensor, transposed: bool) -> bool:
-        """Whether `is_steady` holds of a weight's shape."""
-        ready = weight if transposed else weight.t()
-        key = f"steady {tuple(ready.shape)}, {_name(ready.dtype)}, {transposed}"
-        return bool(self._found(key, lambda: {"steady": float(is_steady(ready.detach()))})["steady"])
+    def are_steady(self, kind: Kind, weight: torch.Tensor) -> bool:
+        """Whether `is_steady` holds of weights of a kind."""
+        key = f"steady: {kind}"
+        return bool(self._found(key, lambda: {"steady": float(is_steady(_ready(kind, weight)))})["steady"])
 
     def choose(self, kind: Kind, seconds: Mapping[str, float], taken: str) -> None:
         """Note what is taken of a kind."""
@@ -128,18 +132,17 @@ class Forms:
             self._known[key] = measure()
         return self._known[key]
 
-    def _time_float(self, weights: Sequence[torch.Tensor], rows: int) -> dict[str, float]:
-        first = weights[0]
-        inputs = first.shape[1]
-        given = first.new_ones((rows, inputs))
-        together = [weights[start : start + _JOINED] for start in range(0, len(weights), _JOINED)]
+    def _time_float(self, kind: Kind, weights: Sequence[torch.Tensor]) -> dict[str, float]:
+        given = torch.ones((kind.rows, kind.inputs), dtype=kind.dtype)
+        ready = [_ready(kind, weight) for weight in weights]
+        together = [ready[start : start + _JOINED] for start in range(0, len(ready), _JOINED)]
         forms = {"linear": _each(lambda weight: functional.linear(given, weight), together)}
-        if rows == 1 and (first.dtype in SHORT or first.numel() >= SMALL):
+        if kind.rows == 1 and (kind.dtype in SHORT or kind.inputs * kind.outputs >= SMALL):
             looped = [part for part in together if len(part) == len(together[0])]
             loop = self._loop(given, looped[0])
             forms["loop"] = [lambda part=part: loop(given, *part) for part in looped]  # type: ignore[misc]
-        if rows <= MOST and first.dtype in SHORT:
-            weight_first = single_row if rows == 1 else few_rows
+        if kind.rows <= MOST and kind.dtype in SHORT:
+            weight_first = single_row if kind.rows == 1 else few_rows
             forms["weight"] = _each(lambda weight: weight_first(given, weight, None), together)
         return {name: seconds / len(together[0]) for name, seconds in _times(forms).items()}
 
@@ -149,6 +152,10 @@ class Forms:
         activation, *operands = (graph.placeholder(f"operand_{place}") for place in range(len(weights) + 1))
         graph.output(tuple(graph.call_function(by_loop, (activation, operand, None)) for operand in operands))
         return self._compiler(fx.GraphModule({}, graph), [row, *weights])
+
+
+def _ready(kind: Kind, weight: torch.Tensor) -> torch.Tensor:
+    return (weight if kind.transposed else weight.t()).detach()
 
 
 def _name(dtype: torch.dtype) -> str:

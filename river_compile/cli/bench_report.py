@@ -50,13 +50,13 @@ def show_bench(console: Console, result: BenchResult, *, choices: bool = False) 
     )
 
 
+def _titled(title: str) -> Table:
+    return Table(box=box.SIMPLE, title=title, title_justify="left")
+
+
 def _choices_table(choices: Sequence[Choice]) -> Table:
     """Microseconds of each product by form; the form that was taken has an asterisk."""
-    table = Table(
-        box=box.SIMPLE,
-        title="products on this machine: microseconds by form; * was taken",
-        title_justify="left",
-    )
+    table = _titled("products on this machine: microseconds by form; * was taken")
     table.add_column("rows x inputs -> outputs")
     forms = list(dict.fromkeys(form for choice in choices for form in choice.seconds))
     for form in forms:
@@ -73,11 +73,7 @@ def _choices_table(choices: Sequence[Choice]) -> Table:
 def startup_table(result: BenchResult) -> Table:
     from river_compile.measure.startup import TOKENS
 
-    table = Table(
-        box=box.SIMPLE,
-        title="start-up: seconds from a loaded model to a token, in a new process, and the ratio to Inductor",
-        title_justify="left",
-    )
+    table = _titled("start-up: seconds from a loaded model to a token, in a new process, and the ratio to Inductor")
     table.add_column("")
     for token in TOKENS:
         for kind in ("CPU s", "wall s"):
@@ -116,7 +112,7 @@ def show_onnx_bench(console: Console, result: OnnxBench) -> None:
 
 
 def _table(rated: RatedRows, title: str) -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    table = _titled(title)
     for column in ("", "ms", "tokens/s", "ratio", "mean exit depth", "byte limit tokens/s", "reached"):
         words = map(len, column.split())
         table.add_column(
@@ -138,11 +134,7 @@ def _table(rated: RatedRows, title: str) -> Table:
 
 def _operators_table(profiled: Sequence[Operators]) -> Table:
     """Milliseconds of a pass by operator, its share, and how often it runs."""
-    table = Table(
-        box=box.SIMPLE,
-        title="where a decode pass spends its time under the profiler: ms, share (calls)",
-        title_justify="left",
-    )
+    table = _titled("where a decode pass spends its time under the profiler: ms, share (calls)")
     table.add_column("")
     for one in profiled:
         table.add_column(f"{one.name}, {one.seconds * 1e3:.1f} ms", justify="right")
@@ -173,11 +165,7 @@ def _sweep_table(over: str, points: list[BenchPoint]) -> Table:
     its tokens would."""
     first = points[0]
     fixed = f"context {first.context}" if over == "batch" else f"batch {first.batch}"
-    table = Table(
-        box=box.SIMPLE,
-        title=f"ratio by {over}, {fixed} (mean exit depth)",
-        title_justify="left",
-    )
+    table = _titled(f"ratio by {over}, {fixed} (mean exit depth)")
     table.add_column(over, no_wrap=True)
     for point in points:
         table.add_column(str(getattr(point, over)), justify="right")

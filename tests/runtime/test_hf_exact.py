@@ -203,8 +203,7 @@ def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:
     """Products with the weight first take this time, and others 1."""
     seconds = {"linear": 1.0, "loop": 1.0, "weight": weight_first}
     few = {name: seconds[name] for name in ("linear", "weight")}
-    of_float = Forms.of_float
-    monkeypatch.setattr(Forms, "of_float", lambda *given: (of_float(*given)[0], seconds if given[-1] == 1 else few))
+    monkeypatch.setattr(Forms, "of_float", lambda self, kind, weights: seconds if kind.rows == 1 else few)
     monkeypatch.setattr(Forms, "are_steady", lambda *_: True)
     monkeypatch.setattr(Costs, "learn_pass", lambda *_: None)
     lengths = {(count, True): DraftLength(Costs(1e-6, {1: 1.0, 9: 1.1}), 8) for count in (1, 3)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,13 +33,10 @@ class Measured(Forms):
         super().__init__(as_it_is, {})
         self._seconds, self._steady = seconds, steady
 
-    def of_float(
-        self, weights: Sequence[torch.Tensor], transposed: bool, rows: int
-    ) -> tuple[Kind, Mapping[str, float]]:
-        seconds = {name: time for name, time in self._seconds.items() if name != "loop" or rows == 1}
-        return Kind(rows, *weights[0].shape, weights[0].dtype), seconds
+    def of_float(self, kind: Kind, weights: Sequence[torch.Tensor]) -> Mapping[str, float]:
+        return {name: time for name, time in self._seconds.items() if name != "loop" or kind.rows == 1}
 
-    def are_steady(self, weight: torch.Tensor, transposed: bool) -> bool:
+    def are_steady(self, kind: Kind, weight: torch.Tensor) -> bool:
         return self._steady
 
 
@@ -182,8 +180,9 @@ def test_what_was_measured_is_found_by_the_next_process(tmp_path: Path) -> None:
     weights = [torch.randn(64, 32).bfloat16() for _ in range(3)]
     first = Remembered(tmp_path)
     ours = Forms(as_it_is, first)
-    _, single = ours.of_float(weights, True, 1)
-    _, few = ours.of_float(weights, True, 4)
+    kind = Kind.of(weights[0], True)
+    single = ours.of_float(kind, weights)
+    few = ours.of_float(replace(kind, rows=4), weights)
     eight = ours.of_river(Kind(1, 256, 512, torch.float32, 8, 32))
     assert [set(found) for found in (single, few, eight)] == [
         {"linear", "loop", "weight"},
@@ -191,7 +190,7 @@ def test_what_was_measured_is_found_by_the_next_process(tmp_path: Path) -> None:
         {"int4", "int8"},
     ]
     assert all(0 < seconds < 1 for found in (single, few, eight) for seconds in found.values())
-    steady = ours.are_steady(weights[0], True)
+    steady = ours.are_steady(kind, weights[0])
     again = Remembered(tmp_path)
     assert dict(again) == dict(first)
 
@@ -199,8 +198,8 @@ def test_what_was_measured_is_found_by_the_next_process(tmp_path: Path) -> None:
         raise AssertionError("it was measured already")
 
     later = Forms(no_compiler, again)  # type: ignore[arg-type]
-    assert later.of_float(weights, True, 1)[1] == single
-    assert later.are_steady(weights[0], True) == steady
+    assert later.of_float(kind, weights) == single
+    assert later.are_steady(kind, weights[0]) == steady
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": {"b": "c"}}', '{"a": 1}', "\0"])

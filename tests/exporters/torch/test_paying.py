@@ -25,11 +25,9 @@ class ByBytes(Forms):
     def __init__(self) -> None:
         super().__init__(as_it_is, {})
 
-    def of_float(
-        self, weights: Sequence[torch.Tensor], transposed: bool, rows: int
-    ) -> tuple[Kind, Mapping[str, float]]:
+    def of_float(self, kind: Kind, weights: Sequence[torch.Tensor]) -> Mapping[str, float]:
         size = weights[0].numel()
-        return Kind(rows, *weights[0].shape, weights[0].dtype), {"linear": size * (1 + rows / 10), "loop": 9.0 * size}
+        return {"linear": size * (1 + kind.rows / 10), "loop": 9.0 * size}
 
     def of_river(self, kind: Kind) -> Mapping[str, float]:
         size = kind.inputs * kind.outputs
