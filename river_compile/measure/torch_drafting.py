@@ -5,21 +5,23 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.func import functional_call
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from river_compile.backend import RiverBackend
-from river_compile.compiled import TUNED, river_bits, to_be_tuned, tune
+from river_compile.compiled import TUNED, river_bits, to_be_tuned
 from river_compile.config import NEVER, RiverConfig
 from river_compile.errors import InputError
 from river_compile.exact_generate import exact
 from river_compile.exporters.quantizers import quantizer, without_texts
 from river_compile.exporters.torch.stack import is_linear
+from river_compile.exporters.torch.tuning import tune_weights
 from river_compile.exporters.torch.weights import Store
 from river_compile.measure.draft_points import (
     MOST,
@@ -34,7 +36,7 @@ from river_compile.measure.draft_points import (
     tuning_could_pay,
 )
 from river_compile.measure.sensitivity import divergence, starts
-from river_compile.passes.quantizer import fitting_group
+from river_compile.passes.quantizer import ActivationAware, fitting_group
 from river_compile.runtime.exact import Experience
 from river_compile.runtime.steps import Step
 
@@ -83,13 +85,29 @@ def tune_exact(
         for candidate in found:
             tried.add(candidate)
         if tuning_could_pay(tried.points):
-            for candidate in (replace(one, quantizer="gptq") for one in found[:2]):
-                tune(model, texts, candidate, progress=progress)
+            for candidate in _tuned(model, texts, found[:2], progress):
                 tried.add(candidate)
     finally:
         torch.compiler.reset()
     best = max(range(len(tried.points)), key=lambda index: tried.points[index].measured or 0.0)
     return DraftPlan(tried.configs[best], tuple(tried.points), best)
+
+
+def _tuned(
+    model: torch.nn.Module, texts: Sequence[np.ndarray], configs: Sequence[RiverConfig], progress: Progress
+) -> Iterator[RiverConfig]:
+    """Settings with GPTQ, each when its weights are there; a weight is quantized once for a number of bits."""
+    chosen = quantizer("gptq")
+    assert isinstance(chosen, ActivationAware)
+    there: set[tuple[int, int]] = set()
+    for config in configs:
+        wanted = river_bits(model, config)
+        missing = WeakTensorKeyDictionary(
+            {parameter: bits for parameter, bits in wanted.items() if (id(parameter), bits) not in there}
+        )
+        tune_weights(TUNED, model, missing, config.group_size, texts, chosen, progress)
+        there |= {(id(parameter), bits) for parameter, bits in missing.items()}
+        yield replace(config, quantizer=chosen.name)
 
 
 class _Tried:

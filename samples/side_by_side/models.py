@@ -11,7 +11,7 @@ from smollm2 import smollm2
 
 from side_by_side.environments import CACHE, OURS, Environment, run
 
-__all__ = ["SHAPES", "Commands", "Models", "float_model"]
+__all__ = ["SHAPES", "Commands", "Models", "float_model", "random_model"]
 
 # Of random weights: what a shape's speed is, and nothing about its text.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -45,19 +45,25 @@ Commands = Callable[[Path, Callable[[str], Path], Path], Sequence[Sequence[objec
 def float_model(shape: str | None) -> tuple[Path, Path]:
     """The folder of the float model with its tokenizer, and the one for what is made of it."""
     base = CACHE / "peers" / (shape or "smollm2")
-    return (_random_model(shape, base / "hf") if shape else smollm2(CACHE / "smollm2")), base
+    return (_random_folder(shape, base / "hf") if shape else smollm2(CACHE / "smollm2")), base
 
 
-def _random_model(shape: str, folder: Path) -> Path:
-    if (folder / "config.json").exists():
-        return folder
+def random_model(shape: str) -> Any:
+    """A model of a shape in eval mode, float32."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, dtype="float32"))
+    return LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, dtype="float32")).eval()
+
+
+def _random_folder(shape: str, folder: Path) -> Path:
+    if (folder / "config.json").exists():
+        return folder
+    from transformers import AutoTokenizer
+
     part = _part(folder)
-    model.save_pretrained(part)
+    random_model(shape).save_pretrained(part)
     # Any tokenizer will do; tools look for one.
     AutoTokenizer.from_pretrained(smollm2(CACHE / "smollm2")).save_pretrained(part)
     part.rename(folder)

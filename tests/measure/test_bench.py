@@ -34,7 +34,6 @@ def test_ratios_are_within_rounds_and_the_limit_is_bytes_over_bandwidth() -> Non
     assert [row["mean_depth"] for row in shown] == [None, 2]
 
 
-@pytest.mark.slow
 def test_products_are_a_table_in_which_what_was_taken_is_marked() -> None:
     choices = (
         Choice("1 x 576 -> 960, float32, float", "linear", {"linear": 1.2e-4, "loop": 1.1e-4}),
@@ -51,6 +50,7 @@ def test_products_are_a_table_in_which_what_was_taken_is_marked() -> None:
     assert json.loads(result.to_json())["choices"][1]["taken"] == "int8"
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seam, "compile_piece", as_it_is)
     torch.compiler.reset()

@@ -24,10 +24,10 @@ GB = 1e9
 @pytest.mark.parametrize(
     ("family", "bits"),
     [
-        ("llama", 4),
+        pytest.param("llama", 4, marks=pytest.mark.slow),
         ("gemma2", 8),
         ("gpt2", 4),
-        ("phi3", 8),
+        pytest.param("phi3", 8, marks=pytest.mark.slow),
         pytest.param("llama", 8, marks=pytest.mark.slow),
         pytest.param("qwen2", 4, marks=pytest.mark.slow),
     ],

@@ -13,6 +13,7 @@ import river_compile
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.torch import seam
+from river_compile.exporters.torch.tuning import Tuned
 from river_compile.measure import torch_drafting
 from river_compile.runtime.hf_exact import HfPasses
 from tests.families import VOCABULARY, random_model
@@ -27,7 +28,7 @@ def chosen() -> Iterator[tuple[Any, Any, dict[str, torch.Tensor]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seam, "compile_piece", as_it_is)
         patch.setattr(torch_drafting, "NEW_TOKENS", 24)
-        model = random_model("llama", 3)
+        model = random_model("llama", 2)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         yield model, river_compile.tune_exact(model, TEXTS, RiverConfig(group_size=64)), before
         torch.compiler.reset()
@@ -64,6 +65,22 @@ def test_the_model_stays_as_it_was(chosen: Any) -> None:
     expected = model.generate(ids, **settings)
     compiled: Any = torch.compile(model, backend="river", options=plan.options)
     assert torch.equal(compiled.generate(ids, **settings), expected)
+
+
+def test_a_weight_is_tuned_once_for_a_number_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[int, int]] = []
+    keep = Tuned.keep
+
+    def noted(self: Tuned, parameter: Any, quantizer: str, transposed: bool, weight: Any) -> None:
+        kept.append((id(parameter), weight.bits))
+        keep(self, parameter, quantizer, transposed, weight)
+
+    monkeypatch.setattr(Tuned, "keep", noted)
+    model = random_model("llama", 2)
+    configs = [RiverConfig(bits=4), RiverConfig(bits=4, bits_for=(("*.down_proj", 8),))]
+    made = [config.quantizer for config in torch_drafting._tuned(model, TEXTS, configs, lambda step, done, total: None)]
+    assert made == ["gptq", "gptq"]
+    assert len(kept) == len(set(kept)) == 2 * 7 + 2
 
 
 def test_a_model_in_training_is_refused() -> None:

@@ -26,7 +26,6 @@ from tests.torch_models import as_it_is, drafts_cost_nothing
 LAYERS = 3
 DYNAMIC: dict[str, Any] = {}
 STATIC = {"cache_implementation": "static"}
-CACHES = (DYNAMIC, STATIC)
 
 
 @pytest.fixture(autouse=True)
@@ -241,7 +240,7 @@ def test_in_bfloat16_rows_beside_each_other_change_nothing(family: str, monkeypa
     assert stats.exact["near_ties"] == 0
 
 
-@pytest.mark.parametrize("cache", CACHES, ids=("dynamic", "static"))
+@pytest.mark.parametrize("cache", [pytest.param(DYNAMIC, marks=pytest.mark.slow), STATIC], ids=("dynamic", "static"))
 def test_batches_in_bfloat16_are_decoded_plainly(cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the sequences ends early; the others go on in a batch of as many."""
     _steady(monkeypatch, 9.0)

@@ -56,6 +56,14 @@ def test_evaluate(river: Path, tmp_path: Path) -> None:
     assert re.search(r"all river +chooses the backbone's token in [\d.]+%", text)
 
 
+@pytest.mark.slow
+def test_sizes() -> None:
+    text = _run("sizes.py", "tiny", "--rounds", "2", "--tokens", "2")
+    assert re.search(r"tiny, 6 layers", text)
+    for way in ("plain", "river, exits off", "river, exit depth 4", "all river"):
+        assert re.search(rf"{way} +[\d.]+ \([\d.]+x\)", text)
+
+
 @pytest.mark.parametrize("sample", sorted(path.name for path in SAMPLES.glob("*.py")))
 def test_with_help_a_sample_explains_itself_and_does_nothing(
     sample: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

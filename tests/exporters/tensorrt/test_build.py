@@ -57,14 +57,14 @@ def engine(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize(
     ("family", "kv_cache", "dtype"),
     [
-        ("llama", "concatenated", "bfloat16"),
+        pytest.param("llama", "concatenated", "bfloat16", marks=pytest.mark.slow),
         ("llama", "static", "float32"),
         ("qwen2", "concatenated", "float16"),
-        ("gpt2", "static", "float16"),
+        pytest.param("gpt2", "static", "float16", marks=pytest.mark.slow),
         ("gpt2", "concatenated", "float32"),
         ("gpt_neox", "static", "bfloat16"),
         ("llama", "scattered", "float16"),
-        ("gpt2", "scattered", "float32"),
+        pytest.param("gpt2", "scattered", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_tensorrt_rtx_builds_it(exported: Exported, tmp_path: Path, family: str, kv_cache: str, dtype: str) -> None:

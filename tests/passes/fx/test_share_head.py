@@ -32,11 +32,11 @@ def _judge(model: torch.nn.Module, depth: int, bits: int) -> torch.nn.Module:
     ("bits", "family", "cache"),
     [
         (4, "llama", "dynamic"),
-        (8, "llama", "static"),
-        (8, "gemma2", "dynamic"),
+        pytest.param(8, "llama", "static", marks=pytest.mark.slow),
+        pytest.param(8, "gemma2", "dynamic", marks=pytest.mark.slow),
         (4, "gemma2", "static"),
         (8, "gpt2", "dynamic"),
-        (4, "gpt2", "static"),
+        pytest.param(4, "gpt2", "static", marks=pytest.mark.slow),
     ],
 )
 def test_a_token_that_exits_takes_the_quantized_head(family: str, cache: str, bits: int) -> None:
