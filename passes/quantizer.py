@@ -39,6 +39,8 @@ class QuantizedWeight:
     @staticmethod
     def side_by_side(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """One weight with the outputs of all parts, which lie on grids of one kind."""
+        if len(parts) == 1:
+            return parts[0]
         return QuantizedWeight(
             np.concatenate([part.values for part in parts]),
             np.concatenate([part.scales for part in parts]),
@@ -62,7 +64,7 @@ class Quantizer(Protocol):
         """Quantize a weight.
 
         Args:
-            weight: float32 [inputs, outputs]; ``group_size`` divides inputs.
+            weight: float32 [inputs, outputs], in any order in memory; ``group_size`` divides inputs.
         """
         ...
 

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["smollm2", "1b"], help=f"of {', '.join([*REAL, *SHAPES])}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=12, help="decode passes in a round")
+    parser.add_argument("--group-size", type=int, default=RiverConfig.group_size, help="of the rivers")
     parser.add_argument("--int4", action="store_true", help="plain models in 4 bits too, by ONNX Runtime's quantizer")
     given = parser.parse_args()
     if unknown := set(given.models) - {*REAL, *SHAPES}:
@@ -45,7 +46,7 @@ def main() -> None:
             rounds=given.rounds,
             new_tokens=given.tokens,
             int4=given.int4,
-            config=RiverConfig(tau=2.0, head_bits=8),
+            config=RiverConfig(tau=2.0, head_bits=8, group_size=given.group_size),
         )
     show(found)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from river_compile.exporters.quantizers.blocks import in_blocks
 from river_compile.passes.quantizer import QuantizedWeight
 
 __all__ = ["gptq", "least_squares"]
@@ -70,9 +71,12 @@ def gptq(
 
 def least_squares(weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
     """Round to nearest on the grids of least squared error of the weight itself. Arguments: see `gptq`."""
-    groups = torch.from_numpy(np.ascontiguousarray(weight.T)).reshape(weight.shape[1], -1, group_size)
-    grid = _search(groups, torch.ones(1, 1, group_size), bits, symmetric=False)
-    return _quantized(grid.centred(groups), grid, bits)
+
+    def searched(groups: torch.Tensor) -> QuantizedWeight:
+        grid = _search(groups, torch.ones(1, 1, group_size), bits, symmetric=False)
+        return _quantized(grid.centred(groups), grid, bits)
+
+    return in_blocks(weight, group_size, searched)
 
 
 def _quantized(codes: torch.Tensor, grid: _Grid, bits: int) -> QuantizedWeight:

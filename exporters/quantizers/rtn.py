@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from river_compile.exporters.quantizers.blocks import in_blocks
 from river_compile.passes.quantizer import QuantizedWeight
 
 __all__ = ["RoundToNearest"]
@@ -26,14 +27,16 @@ class RoundToNearest:
         self._symmetric = symmetric
 
     def quantize(self, weight: np.ndarray, bits: int, group_size: int) -> QuantizedWeight:
-        inputs, outputs = weight.shape
-        groups = torch.from_numpy(weight).T.reshape(outputs, inputs // group_size, group_size)
         top = 2**bits - 1
-        scales, zero_points = _symmetric(groups, bits) if self._symmetric else _asymmetric(groups, top)
-        values = (groups / scales[..., None] + zero_points[..., None]).round().clamp(0, top)
-        return QuantizedWeight(
-            values.to(torch.uint8).numpy(), scales.numpy(), zero_points.to(torch.uint8).numpy(), bits
-        )
+
+        def rounded(groups: torch.Tensor) -> QuantizedWeight:
+            scales, zero_points = _symmetric(groups, bits) if self._symmetric else _asymmetric(groups, top)
+            values = (groups / scales[..., None]).add_(zero_points[..., None]).round_().clamp_(0, top)
+            return QuantizedWeight(
+                values.to(torch.uint8).numpy(), scales.numpy(), zero_points.to(torch.uint8).numpy(), bits
+            )
+
+        return in_blocks(weight, group_size, rounded)
 
 
 def _asymmetric(groups: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from river_compile.errors import InputError
 __all__ = ["Place", "chunks", "make_inline", "place_of", "tensor_bytes", "tensor_values"]
 
 _NARROW = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def tensor_values(tensor: onnx.TensorProto, folder: Path | None) -> np.ndarray:
     """The values of a tensor, read from external data if need be. Links are followed: `onnx_file.load` checks them."""
     if not uses_external_data(tensor):
         return np.asarray(onnx.numpy_helper.to_array(tensor))
+    if onnx.TensorProto.DataType.Name(tensor.data_type) not in _NARROW and sys.byteorder == "little":
+        place = place_of(tensor)
+        data = np.fromfile((folder or Path()) / place.location, np.uint8, place.length, offset=place.offset)
+        if len(data) < place.length:
+            raise InputError(f"external data ended early: {place.location}")
+        return data.view(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
     inline = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=b"".join(chunks(tensor, folder)))
     return np.asarray(onnx.numpy_helper.to_array(inline))
 

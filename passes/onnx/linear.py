@@ -57,9 +57,11 @@ class Linear:
         return float_type(self.weight.dtype).itemsize * 8
 
     def matrix(self, graph: OnnxGraph) -> np.ndarray:
-        """W, float32 [inputs, outputs], read from the file now and not kept."""
-        values = graph.read(self.weight).astype(np.float32)
-        return np.ascontiguousarray(values.T if self.transposed else values)
+        """W, float32 [inputs, outputs], in either order in memory, read from the file now and not kept."""
+        values = graph.read(self.weight)
+        # What lies within the model cannot be written to.
+        values = values.astype(np.float32, copy=not values.flags.writeable)
+        return values.T if self.transposed else values
 
 
 def find_linears(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node], layer: str) -> list[Linear]:

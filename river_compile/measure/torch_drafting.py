@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +102,7 @@ def _tuned(
     there: set[tuple[int, int]] = set()
     for config in configs:
         wanted = river_bits(model, config)
-        missing = WeakTensorKeyDictionary(
+        missing: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary(
             {parameter: bits for parameter, bits in wanted.items() if (id(parameter), bits) not in there}
         )
         tune_weights(TUNED, model, missing, config.group_size, texts, chosen, progress)

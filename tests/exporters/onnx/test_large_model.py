@@ -1,4 +1,5 @@
-"""A model of Llama-3.2-1B's shape in float16: time and memory of an export, and weights beyond two gigabytes."""
+"""Models of a size: one of Llama-3.2-1B's shape in float16, its export's time and memory and weights beyond two
+gigabytes; and what a river adds to the memory of a model that decodes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from river_compile.api import export
+from river_compile.config import RiverConfig
 from river_compile.exporters.tensorrt.build import EngineOptions, build, default_config
 
 _PARAMETERS = 1.236e9
@@ -35,6 +38,28 @@ report = river_compile.export(sys.argv[1], sys.argv[2])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 seconds = time.perf_counter() - started
 print(json.dumps({"seconds": seconds, "peak": peak, "layers": report.river_layers, "steps": report.seconds}))
+"""
+
+
+_MAKE_QUARTER = """
+import pathlib, sys, torch, transformers
+from river_compile.exporters.onnx.hf import export_decoder
+config = transformers.LlamaConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4,
+    vocab_size=32000, tie_word_embeddings=True,
+)
+export_decoder(transformers.AutoModelForCausalLM.from_config(config).eval(), pathlib.Path(sys.argv[1]))
+"""
+
+# Memory that is the process's own: pages of the mapped file can go at any time.
+_DECODE = """
+import json, sys
+from river_compile.runtime import OnnxDecoder
+decoder = OnnxDecoder(sys.argv[1])
+for depth in json.loads(sys.argv[2]):
+    decoder.generate([[5, 6, 7, 8]], 6, max_depth=depth)
+held = dict(line.split(":") for line in open("/proc/self/status"))
+print(json.dumps({"own": int(held["RssAnon"].split()[0]) * 1024, "peak": int(held["VmHWM"].split()[0]) * 1024}))
 """
 
 
@@ -66,3 +91,21 @@ def test_tensorrt_parses_more_than_two_gigabytes_from_its_file(model: Path, tmp_
     config = default_config(keep_layers=tuple(range(14)))
     info = build(model, tmp_path / "m.engine", config, options)
     assert info.nbytes > 1 << 31 and (info.layers, info.river_layers, info.dtype) == (16, 2, "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read where Linux tells it")
+def test_backbone_and_river_decode_in_at_most_1_3_times_the_memory_of_the_backbone(tmp_path: Path) -> None:
+    plain, river = tmp_path / "plain.onnx", tmp_path / "river.onnx"
+    subprocess.run([sys.executable, "-c", _MAKE_QUARTER, str(plain)], check=True)
+    export(plain, river, RiverConfig(head_bits=8))
+
+    def held(path: Path, depths: list[int | None]) -> dict[str, int]:
+        command = [sys.executable, "-c", _DECODE, str(path), json.dumps(depths)]
+        found: dict[str, int] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return found
+
+    alone, both = held(plain, [None]), held(river, [0, 4, None])
+    print({"plain": alone, "river": both})
+    assert both["own"] <= 1.3 * alone["own"]
+    assert both["peak"] <= 1.3 * alone["peak"]

@@ -12,7 +12,7 @@ from river_compile.config import RiverConfig
 from river_compile.errors import ConfigError
 from river_compile.exporters.onnx import onnx_file, rewrite
 from river_compile.exporters.onnx.moments import Moments
-from river_compile.exporters.quantizers import QUANTIZERS, quantizer
+from river_compile.exporters.quantizers import QUANTIZERS, blocks, quantizer
 from river_compile.exporters.quantizers.gptq import gptq
 from river_compile.passes.quantizer import ActivationAware, QuantizedWeight
 from tests.families import VOCABULARY
@@ -128,3 +128,18 @@ def test_moments_are_those_of_the_tensors_that_linears_read(exported: Callable[[
         assert found.shape == (linear.source.inputs,) * 2
         assert np.linalg.eigvalsh(found).min() > -1e-4
         assert np.linalg.matrix_rank(found, tol=1e-4 * np.trace(found)) <= 12
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if not isinstance(quantizer(name), ActivationAware)])
+def test_a_weight_is_what_its_outputs_are_whatever_its_size_and_order_in_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, kept = _weight(), _weight()
+    whole = quantizer(name).quantize(weight, 4, GROUP)
+    monkeypatch.setattr(blocks, "_BLOCK", 5 * INPUTS)
+    for form in (weight, np.asfortranarray(weight)):
+        found = quantizer(name).quantize(form, 4, GROUP)
+        assert np.array_equal(found.values, whole.values)
+        assert np.array_equal(found.zero_points, whole.zero_points)
+        np.testing.assert_allclose(found.scales, whole.scales, rtol=1e-6)
+        assert np.array_equal(form, kept)
