@@ -108,6 +108,11 @@ def _show(console: Console, plan: RiverPlan) -> None:
     console.print(table)
     words = ", ".join(f"{gain:.2f}x at {accepted:.0%} ({length})" for accepted, (gain, length) in plan.exact.items())
     console.print(f"exact mode, by acceptance (and draft length): {words}")
+    export = plan.export
+    console.print(
+        f"to make it from an ONNX file, here: about {export.seconds:.0f} s (rounding {export.rounding:.0f}, writing "
+        f"{export.writing:.0f}), {export.peak / 1e9:.1f} GB of memory; the check maps files of {export.mapped / 1e9:.1f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a river would bring to a model, from its config alone: sizes, bytes a token, speed at the byte limit.
 
-Nothing is loaded and nothing measured: the model is made on torch's meta device, and arithmetic follows. Decoding one
-sequence is bound by reading weights, so a token costs at least its bytes over the memory's bandwidth.
+Nothing is loaded, and nothing measured but what an export would take: the model is made on torch's meta device, and
+arithmetic follows. Decoding one sequence is bound by reading weights, so a token costs at least its bytes over the
+memory's bandwidth.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import ConfigError, InputError, MissingExtra
 from river_compile.exporters.torch.stack import find_stack, is_linear
+from river_compile.measure.export_cost import ExportCost, export_cost
 from river_compile.passes.quantizer import fitting_group
 from river_compile.runtime.drafting import expected_speedup
 
@@ -43,6 +45,7 @@ class Sizes:
         tied: whether they are.
         exit_head: the head that a token takes after its exit.
         cache_per_token: of keys and values of one token.
+        rounded: how many weights are quantized, of the head too, on all ranks; ``largest``: in the largest matrix.
     """
 
     layers: int
@@ -54,6 +57,8 @@ class Sizes:
     tied: bool
     exit_head: float
     cache_per_token: float
+    rounded: int
+    largest: int
 
     @property
     def backbone(self) -> float:
@@ -84,6 +89,7 @@ class RiverPlan:
         speeds: by exit depth, tokens a second of one sequence at that part of the limit.
         exact: by acceptance, speed-up of exact decoding at the best draft length, and that length.
         needed: bytes of weights and cache of a rank.
+        export: what making it as ONNX would take on this machine, of the whole model.
     """
 
     model: str
@@ -97,6 +103,7 @@ class RiverPlan:
     speeds: dict[int, float]
     exact: dict[float, tuple[float, int]]
     needed: float
+    export: ExportCost
 
     @property
     def fits(self) -> bool | None:
@@ -143,7 +150,8 @@ def plan_river(
         if value <= 0:
             raise ConfigError(name, f"must be above 0, not {value}")
     model, described = _described(source, dtype)
-    sizes = sizes_of(model, described, config or RiverConfig(), ranks)
+    config = config or RiverConfig()
+    sizes = sizes_of(model, described, config, ranks)
     shown = [0, *(depth for depth in sorted(set(depths)) if 0 < depth < sizes.layers), sizes.layers]
     speeds = {depth: fraction * bandwidth / sizes.token(depth, context) for depth in shown}
     whole = sizes.token(sizes.layers, context)
@@ -158,7 +166,18 @@ def plan_river(
     }
     needed = sizes.backbone + sizes.added + sizes.cache_per_token * context
     name = str(dtype or model.dtype).removeprefix("torch.")
-    return RiverPlan(str(source), name, ranks, context, bandwidth, memory, fraction, sizes, speeds, exact, needed)
+    whole_model = sizes if ranks == 1 else sizes_of(model, described, config)
+    export = export_cost(
+        config,
+        layers=sizes.layers,
+        rounded=sizes.rounded,
+        largest=sizes.largest,
+        backbone=whole_model.backbone,
+        added=whole_model.added,
+    )
+    return RiverPlan(
+        str(source), name, ranks, context, bandwidth, memory, fraction, sizes, speeds, exact, needed, export
+    )
 
 
 def _described(source: str | Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
@@ -193,6 +212,7 @@ def sizes_of(model: nn.Module, described: Any, config: RiverConfig, ranks: int =
     kept = config.kept(len(stack))
     styles: dict[str, str] = getattr(model, "_tp_plan", None) or {}
     linears = others = river = 0.0
+    rounded: list[int] = []
     for index, layer in enumerate(stack):
         weights = {id(module.weight): (name, module) for name, module in layer.named_modules() if is_linear(module)}
         for parameter in layer.parameters():
@@ -208,11 +228,15 @@ def sizes_of(model: nn.Module, described: Any, config: RiverConfig, ranks: int =
                 inputs //= ranks
             bits = None if index in kept else config.bits_of(qualified, f"layers.{index}")
             river += _river_bytes(parameter, inputs, bits, config.group_size) / ranks
+            if _is_rounded(inputs, bits, config.group_size):
+                rounded.append(parameter.numel())
     embedding: Any = model.get_input_embeddings().weight  # type: ignore[operator]
     module = model.get_output_embeddings()  # type: ignore[operator]
     head = embedding if module is None else module.weight
     bits = None if config.head_bits == FLOAT else int(config.head_bits)
     inside = {id(parameter) for parameter in stack.parameters()} | {id(head)} - {id(embedding)}
+    if _is_rounded(head.shape[1], bits, config.group_size):
+        rounded.append(head.numel())
     outside = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     return Sizes(
         layers=len(stack),
@@ -224,7 +248,13 @@ def sizes_of(model: nn.Module, described: Any, config: RiverConfig, ranks: int =
         tied=head is embedding or bool(getattr(described, "tie_word_embeddings", False)),
         exit_head=_river_bytes(head, head.shape[1], bits, config.group_size) / ranks,
         cache_per_token=_cache_per_token(described, len(stack), embedding.itemsize, ranks),
+        rounded=sum(rounded),
+        largest=max(rounded, default=0),
     )
+
+
+def _is_rounded(inputs: int, bits: int | None, group_size: int) -> bool:
+    return bits is not None and fitting_group(inputs, group_size) is not None
 
 
 def _river_bytes(weight: torch.Tensor, inputs: int, bits: int | None, group_size: int) -> float:
