@@ -64,7 +64,8 @@ class Quantizer(Protocol):
         """Quantize a weight.
 
         Args:
-            weight: float32 [inputs, outputs], in any order in memory; ``group_size`` divides inputs.
+            weight: float32 [inputs, outputs], in any order in memory, and not to be changed; ``group_size`` divides
+                inputs.
         """
         ...
 

@@ -160,7 +160,7 @@ def tune_weights(
         for product, grid in chunk:
             progress("quantize", done, len(planned))
             weight = product.parameter.detach().to("cpu", torch.float32)
-            matrix = (weight.T if product.transposed else weight).contiguous().numpy()
+            matrix = (weight.T if product.transposed else weight).numpy()
             found = quantizer.quantize_for(moments[product.activation], matrix, *grid)
             tuned.keep(product.parameter, quantizer.name, product.transposed, found)
             done += 1

@@ -149,7 +149,7 @@ def _quantize(
             continue
         weight = seam.shard_of(parameter).detach().to("cpu", torch.float32)
         matrix = weight.T if linear.transposed else weight
-        parts.append(chosen.quantize(matrix.contiguous().numpy(), product.bits, product.group_size))
+        parts.append(chosen.quantize(matrix.numpy(), product.bits, product.group_size))
         let_go([parameter])
     first = parameters[0]
     return lowering.pack(QuantizedWeight.side_by_side(parts), first.dtype, first.device)

@@ -20,9 +20,6 @@ from river_compile.runtime.sampling import Sampling
 
 __all__ = ["ExactWay", "Prompt", "Way", "some_prompts"]
 
-# Not every model can leave out the logits of all tokens but the last.
-_ROWS_A_PASS = 256
-
 
 def some_prompts(vocabulary: int, batch: int, context: int, tokenizer: TextTokenizer | None) -> np.ndarray:
     """Token ids, int64 [batch, context]: the held-out texts, begun at another place for each sequence; or random."""
@@ -52,12 +49,7 @@ class Prompt:
     def read(cls, decoder: OnnxDecoder, ids: np.ndarray, room: int) -> Prompt:
         """Read prompts, and see that ``room`` more tokens can follow."""
         state = decoder.start(len(ids))
-        step = decoder.signature.step or max(1, _ROWS_A_PASS // len(ids))
-        if len(ids) > 1 and not decoder.ragged:
-            # GroupQueryAttention reads several tokens behind others for one sequence only.
-            step = ids.shape[1]
-        for start in range(0, ids.shape[1], step):
-            logits, _ = decoder.backbone(ids[:, start : start + step], state, last_only=True)
+        logits, _ = decoder.backbone(ids, state, last_only=True)
         first = logits[:, -1].argmax(-1)
         beyond = decoder.mark(state)
         for _ in range(room):

@@ -214,6 +214,6 @@ def _rounded(module: Any, config: RiverConfig) -> torch.Tensor:
     group = fitting_group(matrix.shape[0], config.group_size)
     if group is None:
         return weight  # type: ignore[no-any-return]
-    rounded = quantizer("rtn").quantize(np.ascontiguousarray(matrix.float().cpu().numpy()), 4, group).dequantize()
+    rounded = quantizer("rtn").quantize(matrix.float().cpu().numpy(), 4, group).dequantize()
     result = rounded.T if isinstance(module, torch.nn.Linear) else rounded
     return torch.from_numpy(result.copy()).to(weight.device, weight.dtype)

@@ -66,7 +66,7 @@ def river_linear(linear: nn.Module, bits: int, group_size: int, quantizer: Quant
     weight = (stored.T if transposed else stored).detach().float().numpy()
     if weight.shape[0] % group_size:
         return None, False
-    quantized = quantizer.quantize(np.ascontiguousarray(weight), bits, group_size)
+    quantized = quantizer.quantize(weight, bits, group_size)
     bias: torch.Tensor | None = getattr(linear, "bias", None)
     if Int4Linear.fits(quantized, stored.dtype, stored.device):
         return Int4Linear(quantized, bias), True

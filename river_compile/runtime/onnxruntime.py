@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,6 +27,8 @@ DEVICES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TAU, _MAX_DEPTH, _EXIT_DEPTH = "river.tau", "river.max_depth", "river.exit_depth"
 _TAU_OFFSETS = "river.tau_offsets"
 _LOGITS_FROM = "river.logits_from"
+_PAIRS = 1 << 23
+"""Tokens of a pass times those that they look at: each head holds a score for every pair, 32 MB of them."""
 _MISPLANNED = "Shape mismatch attempting to re-use buffer"
 
 
@@ -168,7 +171,8 @@ class OnnxDecoder(Decoder):
             mask: int64 [batch, sequence], 0 for padding; all real if None.
             tau, max_depth: override the model's defaults for this pass.
             tau_offsets: likewise, one number a layer, of a model that was exported with room for them.
-            last_only: leave out all logits but the last token's, if the model can.
+            last_only: leave out all logits but the last token's, if the model can; and read a prompt of some thousands
+                of tokens in several passes, each with an exit of its own.
 
         Returns:
             Logits, float32 [batch, sequence, vocabulary], of the last token only where the model gives no others or
@@ -178,18 +182,28 @@ class OnnxDecoder(Decoder):
             ConfigError: the model has no river to set ``tau`` for, takes no padding, or holds fewer tokens.
         """
         mask = np.ones_like(ids) if mask is None else mask
-        step = self.signature.step or ids.shape[1]
+        step = self.signature.step or (self._prompt_step(ids, state) if last_only else ids.shape[1])
         if ids.shape[1] > step:
             cuts = range(step, ids.shape[1], step)
             parts = zip(np.split(ids, cuts, axis=1), np.split(mask, cuts, axis=1), strict=True)
-            passes = [
+            passes = (
                 self.forward(part, state, real, tau, max_depth, tau_offsets, last_only=last_only)
                 for part, real in parts
-            ]
-            return np.concatenate([logits for logits, _ in passes], axis=1), passes[-1][1]
+            )
+            kept = list(deque(passes, maxlen=1 if last_only else None))
+            return np.concatenate([logits for logits, _ in kept], axis=1), kept[-1][1]
         if not (mask.all() and state.mask.all()) and not self.takes_padding:
             raise ConfigError("prompts", "this model does not tell padding from tokens: give prompts of one length")
         return self._pass(ids, state, mask, tau, max_depth, tau_offsets, last_only)
+
+    def _prompt_step(self, ids: np.ndarray, state: State) -> int:
+        """How many tokens of a prompt a pass reads; all, where none can be read behind others: `GroupQueryAttention`
+        does that for one sequence only."""
+        batch, length = map(int, ids.shape)
+        if batch > 1 and not self.ragged:
+            return length
+        seen = int(state.mask.shape[1]) + length
+        return max(_PAIRS // (batch * seen), 1)
 
     def _pass(
         self,

@@ -63,6 +63,28 @@ def test_a_batch_of_prompts_of_different_lengths_equals_transformers(decoder: On
         assert decoder.generate([prompt], 12).tokens == [tokens]
 
 
+@pytest.mark.parametrize("prompts", [[[*range(3, 90)]], [[*range(3, 60)], [7, 9], PROMPT]], ids=("one", "three"))
+@pytest.mark.parametrize("exact", [False, True])
+def test_long_prompts_are_read_in_several_passes(
+    prompts: list[list[int]], exact: bool, decoder: OnnxDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pieces of a batch are nothing but padding for its short prompts."""
+    expected = _generate(random_model("llama"), prompts, 12)
+    read = []
+    run = OnnxDecoder._pass
+
+    def noted(self: OnnxDecoder, ids: np.ndarray, *given: Any) -> Any:
+        read.append(ids.shape)
+        return run(self, ids, *given)
+
+    monkeypatch.setattr(OnnxDecoder, "_pass", noted)
+    monkeypatch.setattr("river_compile.runtime.onnxruntime._PAIRS", 10 * len(prompts) * len(prompts[0]))
+    assert decoder.generate(prompts, 12, exact=exact).tokens == expected
+    pieces = -(-len(prompts[0]) // 10)
+    assert [shape[1] for shape in read[: pieces - 1]] == [10] * (pieces - 1)
+    assert sum(shape[1] for shape in read[:pieces]) == len(prompts[0])
+
+
 def test_the_plain_model_runs_as_well(exported: Exported, decoder: OnnxDecoder) -> None:
     plain = OnnxDecoder(exported("llama"))
     result = plain.generate([PROMPT], 8)

@@ -130,15 +130,16 @@ def test_moments_are_those_of_the_tensors_that_linears_read(exported: Callable[[
         assert np.linalg.matrix_rank(found, tol=1e-4 * np.trace(found)) <= 12
 
 
-@pytest.mark.parametrize("name", [name for name in QUANTIZERS if not isinstance(quantizer(name), ActivationAware)])
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_weight_is_what_its_outputs_are_whatever_its_size_and_order_in_memory(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, kept = _weight(), _weight()
-    whole = quantizer(name).quantize(weight, 4, GROUP)
+    """And it stays as it was: it may be the model's own."""
+    weight, kept, moments = _weight(), _weight(), _moments(_activations())
+    whole = _quantize(name, weight, moments)
     monkeypatch.setattr(blocks, "_BLOCK", 5 * INPUTS)
     for form in (weight, np.asfortranarray(weight)):
-        found = quantizer(name).quantize(form, 4, GROUP)
+        found = _quantize(name, form, moments)
         assert np.array_equal(found.values, whole.values)
         assert np.array_equal(found.zero_points, whole.zero_points)
         np.testing.assert_allclose(found.scales, whole.scales, rtol=1e-6)
