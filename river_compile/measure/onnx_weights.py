@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class ReadWeights:
         """Those of a file that a runtime has loaded. A table that is only read by row counts as nothing."""
         graph = onnx.load(str(path), load_external_data=False).graph
         weights = {tensor.name: tensor for tensor in graph.initializer}
+        folded: dict[str, frozenset[str]] = {name: frozenset([name]) for name in weights}
         outer, layers = [], {}
         head: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
         known = True
@@ -51,15 +52,18 @@ class ReadWeights:
             place = _LAYER.fullmatch(node.name)
             if node.op_type == "If" and (place or node.name == HEAD):
                 bodies = {attribute.name: attribute.g for attribute in node.attribute}
-                both = (_read(bodies["else_branch"].node, weights), _read(bodies["then_branch"].node, weights))
+                both = (_read(bodies["else_branch"].node, folded), _read(bodies["then_branch"].node, folded))
                 if place:
                     layers[int(place[1])] = both
                 else:
                     head = both
+            elif node.input and all(name in folded for name in node.input):
+                # Computed once when the model is loaded, and read where its result is: the transpose of a tied head.
+                folded |= dict.fromkeys(node.output, frozenset().union(*(folded[name] for name in node.input)))
             else:
                 outer.append(node)
         sizes = {name: tensor_bytes(tensor) for name, tensor in weights.items()}
-        return cls(sizes, _read(outer, weights), tuple(layers[index] for index in sorted(layers)), head, known)
+        return cls(sizes, _read(outer, folded), tuple(layers[index] for index in sorted(layers)), head, known)
 
     def bytes(self, in_river: int = 0) -> float:
         """Bytes of the weights that a pass reads whose last ``in_river`` layers, and so the head, are the river's; NaN
@@ -73,14 +77,16 @@ class ReadWeights:
         return float(sum(self.sizes[name] for name in read))
 
 
-def _read(nodes: Iterable[onnx.NodeProto], weights: dict[str, onnx.TensorProto]) -> frozenset[str]:
+def _read(nodes: Iterable[onnx.NodeProto], folded: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """The weights that nodes read, where ``folded`` tells of which weights a value is made."""
     read: set[str] = set()
     for node in nodes:
-        read.update(node.input[1:] if node.op_type in _BY_ROW else node.input)
+        inputs = node.input[1:] if node.op_type in _BY_ROW else node.input
+        read.update(*(folded[name] for name in inputs if name in folded))
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                read |= _read(attribute.g.node, weights)
-    return frozenset(read & weights.keys())
+                read |= _read(attribute.g.node, folded)
+    return frozenset(read)
 
 
 def _chooses(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:

@@ -180,6 +180,16 @@ def test_weights_that_a_pass_reads(plain: Path, river: Path) -> None:
         assert both.bytes() - both.bytes(in_river) == pytest.approx(saved, abs=200)
 
 
+def test_a_head_that_is_the_embedding_is_read_where_it_is_multiplied(exported: Exported, tmp_path: Path) -> None:
+    """The file has its transpose outside the branches, which a runtime computes once."""
+    export(exported("gemma2"), tmp_path / "m.onnx", RiverConfig(tau=2.0, head_bits=8))
+    model = random_model("gemma2")
+    layers = [m.weight for name, m in model.named_modules() if type(m).__name__ == "Linear" and "layers" in name]
+    read, head = ReadWeights.of(tmp_path / "m.onnx"), model.get_input_embeddings().weight
+    saved = sum(weight.nbytes - _packed(weight, 4) for weight in layers) + head.nbytes - _packed(head, 8)
+    assert read.bytes() - read.bytes(len(read.layers)) == pytest.approx(saved, abs=500)
+
+
 def test_the_cache_is_read_as_well(river: Path) -> None:
     decoder = OnnxDecoder(river)
     prompt = Prompt.read(decoder, some_prompts(VOCABULARY, 2, 12, None), 4)
