@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
@@ -14,6 +15,7 @@ import httpx
 
 from river_compile.runtime import OnnxDecoder
 from river_compile.serve.app import make_app
+from river_compile.serve.engine import Engine
 from river_compile.serve.service import Service
 from river_compile.serve.settings import ServeSettings
 
@@ -81,3 +83,11 @@ def expected(model: Path, prompt: Sequence[int], new: int, **arguments: Any) -> 
 @cache
 def _decoder(model: Path) -> OnnxDecoder:
     return OnnxDecoder(model, threads=1)
+
+
+def comes_to_rest(engine: Engine) -> bool:
+    """Whether all slots and the queue are soon empty: a stream is let go a moment after its last event is told."""
+    until = time.perf_counter() + 10
+    while engine.load != (0, 0) and time.perf_counter() < until:
+        time.sleep(0.01)
+    return engine.load == (0, 0)

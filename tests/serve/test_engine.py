@@ -20,7 +20,7 @@ from river_compile.serve.metrics import Metrics
 from river_compile.serve.settings import GenerationRequest, ServeSettings
 from river_compile.serve.stream import Event, Stream
 from tests.families import LAYERS, VOCABULARY
-from tests.serve.served import CONTEXT, expected, settings
+from tests.serve.served import CONTEXT, comes_to_rest, expected, settings
 from tests.signatures import VARIANTS
 
 PROMPTS = [(5, 9, 17, 33), (7,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (40, 41, 42), (90,) * 30]
@@ -127,7 +127,7 @@ def test_a_cancelled_stream_frees_its_slot_at_once(engine: Engine, model: Path, 
         engine.cancel(reader.stream)
     assert kept.all()[0] == expected(model, PROMPTS[3], 40, **alone)
     assert Reader(engine, PROMPTS[0], 1, **asked).all()[1].reason == "length"
-    assert engine.load == (0, 0)
+    assert comes_to_rest(engine)
     for reader in readers:
         assert reader.stream.made < 40
 
@@ -165,7 +165,7 @@ def test_a_pass_that_fails_ends_its_streams_alone(model: Path, tokenizer: Path, 
     tokens, last = bad.all()
     assert last.error == "the model failed: MemoryError" and len(tokens) == length - 1
     assert len(good.all()[0]) == 40
-    assert engine.load == (0, 0) and engine.alive
+    assert comes_to_rest(engine) and engine.alive
     engine.stop()
 
 
