@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -73,6 +74,16 @@ CLOSELY_EXPORTED = (*NAMED, "gemma2", "bloom", "mixtral")
 
 NOT_EXPORTED = ("mpt",)
 """Families whose code torch.export itself refuses at dynamic lengths."""
+
+
+ALIKE = ("starcoder2", "stablelm", "cohere")
+"""Families whose layers have nothing that those of other families here have not: they are exported in slow tests."""
+
+
+def families_that_export(*left_out: str) -> list[Any]:
+    """All families that ONNX can be made of, as parameters of a test."""
+    names = [family for family in FAMILIES if family not in (*left_out, *NOT_EXPORTED)]
+    return [pytest.param(family, marks=pytest.mark.slow if family in ALIKE else ()) for family in names]
 
 
 def exported_layers(family: str) -> int:

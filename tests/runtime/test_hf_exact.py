@@ -48,7 +48,12 @@ def _arguments(batch: int, **more: Any) -> dict[str, Any]:
 # gemma2's layers alternate with windows of 8 tokens.
 @pytest.mark.parametrize(
     ("family", "cache", "batch"),
-    [("llama", DYNAMIC, 3), ("llama", STATIC, 1), ("gemma2", DYNAMIC, 1), ("gemma2", STATIC, 3)],
+    [
+        ("llama", DYNAMIC, 3),
+        ("llama", STATIC, 1),
+        pytest.param("gemma2", DYNAMIC, 1, marks=pytest.mark.slow),
+        ("gemma2", STATIC, 3),
+    ],
     ids=("llama-dynamic-3", "llama-static-1", "gemma2-dynamic-1", "gemma2-static-3"),
 )
 def test_generate_is_unchanged_but_for_the_passes(family: str, cache: dict[str, Any], batch: int) -> None:

@@ -11,21 +11,11 @@ from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.onnx.hf import export_decoder
 from tests.conftest import Exported
-from tests.families import FAMILIES, NAMED, NOT_EXPORTED, exported_layers, random_model
+from tests.families import NAMED, NOT_EXPORTED, exported_layers, families_that_export, random_model
 from tests.oracle import assert_every_depth
 
-_ALIKE = ("starcoder2", "stablelm", "cohere")
-"""Families whose layers have nothing that those of other families here have not."""
 
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=pytest.mark.slow if family in _ALIKE else ())
-        for family in FAMILIES
-        if family not in (*NAMED, *NOT_EXPORTED)
-    ],
-)
+@pytest.mark.parametrize("family", families_that_export(*NAMED))
 def test_each_depth_equals_the_plain_model_with_dequantized_weights(
     exported: Exported, family: str, tmp_path: Path
 ) -> None:

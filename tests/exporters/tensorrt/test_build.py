@@ -32,7 +32,7 @@ from river_compile.exporters.tensorrt.build import (
 from river_compile.exporters.tensorrt.engine import EngineInfo, side_file
 from river_compile.exporters.tensorrt.runtime import load_runtime
 from river_compile.runtime import TensorRTDecoder
-from tests.families import FAMILIES, LAYERS, NOT_EXPORTED
+from tests.families import LAYERS, families_that_export
 from tests.oracle import session
 from tests.static_player import StaticPlayer
 
@@ -94,7 +94,7 @@ def test_a_runtime_that_updates_no_cache_gets_a_scatter(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
+@pytest.mark.parametrize("family", families_that_export())
 def test_tensorrt_rtx_builds_every_family(exported: Exported, tmp_path: Path, family: str, kv_cache: str) -> None:
     options = EngineOptions(kv_cache=kv_cache, max_length=LENGTH, runtime="tensorrt-rtx")
     info = build(exported(family), tmp_path / "m.engine", default_config(), options)

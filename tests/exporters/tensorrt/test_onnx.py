@@ -17,7 +17,7 @@ from river_compile.errors import ConfigError, InputError
 from river_compile.exporters.tensorrt.build import KV_CACHES, EngineOptions, RiverOnnx, default_config, write_onnx
 from river_compile.measure.fidelity import Document, TextTokenizer
 from river_compile.measure.tuning import Tuning
-from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY
+from tests.families import LAYERS, VOCABULARY, families_that_export
 from tests.oracle import Player, assert_close, session
 from tests.static_player import ReferenceSession, StaticPlayer
 
@@ -68,7 +68,7 @@ def test_every_depth_equals_the_river_of_onnx_runtime(case: Case, depth: int, ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_cache", KV_CACHES)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*CLOSELY, *NOT_EXPORTED)])
+@pytest.mark.parametrize("family", families_that_export(*CLOSELY))
 def test_every_depth_of_every_family_equals_the_river_of_onnx_runtime(
     exported: Exported, tmp_path: Path, family: str, kv_cache: str
 ) -> None:

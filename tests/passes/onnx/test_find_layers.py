@@ -16,7 +16,7 @@ from river_compile.passes.anatomy import Layer
 from river_compile.passes.onnx.find_layers import Anatomy
 from tests.conftest import Exported
 from tests.contrib_model import ContribDecoder
-from tests.families import FAMILIES, NOT_EXPORTED, exported_layers
+from tests.families import exported_layers, families_that_export
 from tests.strip import with_scoped_names, without_names
 
 
@@ -30,7 +30,7 @@ def _shape(layer: Layer) -> tuple[object, ...]:
     return len(layer.nodes), slots, len(layer.side_inputs), len(layer.weights), layer.kind
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
+@pytest.mark.parametrize("family", families_that_export())
 def test_three_ways_lead_to_the_same_layers(exported: Exported, family: str, tmp_path: Path) -> None:
     original = exported(family, exported_layers(family))
     by_metadata = _anatomy(original)

@@ -15,7 +15,7 @@ from river_compile.errors import ConfigError
 from river_compile.exporters.onnx.rewrite import survey
 from river_compile.passes.onnx.share_head import HEAD
 from tests.conftest import Exported
-from tests.families import FAMILIES, LAYERS, NOT_EXPORTED, VOCABULARY, exported_layers
+from tests.families import LAYERS, VOCABULARY, exported_layers, families_that_export
 from tests.oracle import Oracle, Player, assert_close, dequantize, session
 
 
@@ -38,7 +38,7 @@ def _head_weight(river: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_EXPORTED])
+@pytest.mark.parametrize("family", families_that_export())
 def test_the_head_goes_with_the_last_layer(exported: Exported, family: str, bits: int, tmp_path: Path) -> None:
     layers = exported_layers(family)
     original, river = exported(family, layers), tmp_path / "m.onnx"
