@@ -11,7 +11,8 @@ interleaved. Random weights tell speed and memory and nothing of a text, so dept
 from __future__ import annotations
 
 import argparse
-import gc
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from gemma3 import gemma3
@@ -57,12 +58,16 @@ def plain_model(name: str) -> Path:
     if not path.exists():
         part = path.parent.with_name(f"{name}.part")
         part.mkdir(parents=True, exist_ok=True)
-        model = load_decoder(REAL[name]()) if name in REAL else random_model(name)
-        export_decoder(model.float(), part / path.name)
+        # The model, and what its export leaves behind, go with the process.
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            process.submit(_export, name, part / path.name).result()
         part.rename(path.parent)
-        del model
-        gc.collect()
     return path
+
+
+def _export(name: str, path: Path) -> None:
+    model = load_decoder(REAL[name]()) if name in REAL else random_model(name)
+    export_decoder(model.float(), path)
 
 
 def show(found: dict[str, OnnxBench]) -> None:

@@ -109,6 +109,8 @@ def _show(console: Console, plan: RiverPlan) -> None:
     words = ", ".join(f"{gain:.2f}x at {accepted:.0%} ({length})" for accepted, (gain, length) in plan.exact.items())
     console.print(f"exact mode, by acceptance (and draft length): {words}")
     made = plan.export
+    if made is None:
+        return
     console.print(
         f"to make it from an ONNX file, here: about {made.seconds:.0f} s (rounding {made.rounding:.0f}, writing "
         f"{made.writing:.0f}), {made.peak / 1e9:.1f} GB of memory; the check maps files of {made.mapped / 1e9:.1f} GB"

@@ -53,8 +53,9 @@ class ExportCost:
 
 def export_cost(
     config: RiverConfig, *, layers: int, rounded: int, largest: int, backbone: float, added: float
-) -> ExportCost:
-    """Predict an export from a file, by what rounding and writing take here (a second).
+) -> ExportCost | None:
+    """Predict an export from a file, by what rounding and writing take here (a second); None where nothing can be
+    written.
 
     A quantizer that reads texts takes longer than is told: it is rounding to nearest that is timed for it.
 
@@ -64,11 +65,14 @@ def export_cost(
         rounded: how many weights are quantized; ``largest``: in the largest of the matrices.
         backbone, added: bytes of the model, and of its river.
     """
+    try:
+        with ExitStack() as files:
+            writing = _median(lambda: _write(files.enter_context(tempfile.TemporaryFile()))) / _COPIED
+    except OSError:
+        return None
     weight = np.random.default_rng(0).standard_normal(_SAMPLE, np.float32)
     chosen = quantizer(without_texts(config.quantizer))
     rounding = _median(lambda: operands(chosen.quantize(weight, config.bits, config.group_size))) / weight.size
-    with ExitStack() as files:
-        writing = _median(lambda: _write(files.enter_context(tempfile.TemporaryFile()))) / _COPIED
     return ExportCost(
         rounding=rounding * rounded,
         writing=writing * (backbone + added),

@@ -89,7 +89,7 @@ class RiverPlan:
         speeds: by exit depth, tokens a second of one sequence at that part of the limit.
         exact: by acceptance, speed-up of exact decoding at the best draft length, and that length.
         needed: bytes of weights and cache of a rank.
-        export: what making it as ONNX would take on this machine, of the whole model.
+        export: what making it as ONNX would take on this machine, of the whole model; None if that cannot be measured.
     """
 
     model: str
@@ -103,7 +103,7 @@ class RiverPlan:
     speeds: dict[int, float]
     exact: dict[float, tuple[float, int]]
     needed: float
-    export: ExportCost
+    export: ExportCost | None
 
     @property
     def fits(self) -> bool | None:
@@ -169,9 +169,9 @@ def plan_river(
     whole_model = sizes if ranks == 1 else sizes_of(model, described, config)
     export = export_cost(
         config,
-        layers=sizes.layers,
-        rounded=sizes.rounded,
-        largest=sizes.largest,
+        layers=whole_model.layers,
+        rounded=whole_model.rounded,
+        largest=whole_model.largest,
         backbone=whole_model.backbone,
         added=whole_model.added,
     )

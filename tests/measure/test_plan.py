@@ -102,6 +102,26 @@ def test_the_command_and_its_json(tmp_path: Path) -> None:
     assert document["sizes"]["exit_head"] < document["sizes"]["head"]
 
 
+def test_an_export_is_of_the_whole_model_and_told_where_files_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _large(tmp_path, 4, 256, 512, 8)
+    one, two = (plan_river(folder, GB, ranks=ranks).export for ranks in (1, 2))
+    assert one is not None and two is not None
+    assert (one.peak, one.mapped, one.passes) == (two.peak, two.mapped, two.passes)
+    assert one.rounding > 0 and one.writing > 0
+    command = [str(folder), "--bandwidth", "20"]
+    assert "to make it from an ONNX file" in CliRunner().invoke(main, command).output
+
+    def full() -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "to make it" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

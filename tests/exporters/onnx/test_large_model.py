@@ -93,6 +93,7 @@ def _exported(model: Path, river: Path, head_bits: str, *, check: bool) -> dict[
 def test_an_export_takes_the_memory_that_a_plan_tells(head_bits: int | str, quarter: Path, tmp_path: Path) -> None:
     config = RiverConfig(head_bits=head_bits)
     plan = plan_river(quarter.parent, 1e9, config=config).export
+    assert plan is not None
     measured = _exported(quarter, tmp_path / "river.onnx", json.dumps(head_bits), check=False)
     print(plan, plan.seconds, measured)
     assert plan.peak == pytest.approx(measured["peak"], rel=0.15)
