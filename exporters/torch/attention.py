@@ -64,8 +64,21 @@ def _grows(key: fx.Node) -> bool:
         inner = key.args[0]
         if not isinstance(inner, fx.Node):
             return False
+        if operation(key) == "getitem" and _ends_with_what_was_written(inner, key.args[1]):
+            return True
         key = inner
     return key.op == "call_function" and operation(key) == "cat"
+
+
+def _ends_with_what_was_written(held: fx.Node, read: Any) -> bool:
+    """Whether a slice of a buffer ends where this pass's writing into it ended (`ReservedLayer`)."""
+    writes = [user.args[1] for user in held.users if operation(user) == "setitem" and user.args[0] is held]
+    return any(
+        isinstance(mine, slice) and isinstance(theirs, slice) and mine.stop is not None and mine.stop == theirs.stop
+        for written in writes
+        if isinstance(read, tuple) and isinstance(written, tuple)
+        for mine, theirs in zip(read, written, strict=False)
+    )
 
 
 def attend_by_row(*operands: Any) -> torch.Tensor:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Drafting", "Experience", "exact_steps"]
 
 _MEASURED_ROWS, _REPEATS = (3, 5), 3
+# Kernels of attention take keys in blocks of 16 and more, and round otherwise where a block is begun: so many places
+# have the beginning of one among them.
+_COARSE_PLACES = 20
 # Twice for the two tokens of a margin, twice more since a few rows are a small sample.
 _TIE_SAFETY = 4.0
 
@@ -311,7 +314,8 @@ def _length(
     """
     key = (len(sequences), drafting.max_depth == 0)
     if experience.tie is None or key not in experience.lengths:
-        places = range(min(max(_MEASURED_ROWS), room))
+        alone = passes.coarse and len(sequences) == 1
+        places = range(min(_COARSE_PLACES if alone else max(_MEASURED_ROWS), room))
         tokens = [[sequence.tokens[place % len(sequence.tokens)] for place in places] for sequence in sequences]
         tie, costs = _measure(passes, state, np.array(tokens), drafting)
         experience.tie = max(tie, experience.tie or 0.0)
@@ -323,7 +327,7 @@ def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) 
     """How differently passes of several rows and of one round, and what passes cost; the state stays.
 
     Args:
-        ids: tokens to read, int64 [sequences, rows]: the most that are read at once.
+        ids: tokens to read, int64 [sequences, places].
 
     Returns:
         The margin within which two choices cannot be told apart by a pass of several rows, and the costs.
@@ -340,6 +344,13 @@ def _measure(passes: Passes, state: State, ids: np.ndarray, drafting: Drafting) 
     for count in sorted({min(count, ids.shape[1]) for count in _MEASURED_ROWS}):
         (together, _), costs.rows[count] = _timed(passes, state, partial(passes.backbone, ids[:, :count], state))
         differing = max(differing, float(np.abs(expected[:, :count] - together).max()))
+    most = max(_MEASURED_ROWS)
+    if ids.shape[1] > most:
+        for start in range(0, ids.shape[1], most):
+            span = slice(start, start + most)
+            together = passes.backbone(ids[:, span], state)[0]
+            differing = max(differing, float(np.abs(expected[:, span] - together).max()))
+        passes.back(state, mark)
     if drafting.river:
         draft = partial(passes.forward, ids[:, :1], state, None, drafting.tau, drafting.max_depth)
         _, costs.draft = _timed(passes, state, draft)
