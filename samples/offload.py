@@ -5,7 +5,8 @@
     python samples/offload.py --onnx MODEL.river.onnx --after 4 --depths 4,30
 
 Each way decodes in a process of its own: with all weights in memory, and with the backbone layers from ``--after`` on
-in a file. FOLDER is a Hugging Face model, SmolLM2-135M if none is given; ``--shape 1b`` is a random model of
+in a file; of PyTorch models also without a river. They take turns, so that a busy moment strikes all: the ratio is the
+median over rounds. FOLDER is a Hugging Face model, SmolLM2-135M if none is given; ``--shape 1b`` is a random model of
 Llama-3.2-1B's shape. Resident memory is the most that was seen after a token, as Linux tells: "file" is what is mapped
 from files and can be read again, "own" is what cannot. Exits are by depth alone: a limit for every token.
 """
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ SHAPES = {
     }
 }
 PROMPT = list(range(3, 27))
+LABELS = {"memory": "in memory", "offloaded": "offloaded", "plain": "no river"}
 
 
 class Memory:
@@ -61,45 +65,95 @@ def main() -> None:
     parser.add_argument("--after", type=int, default=4, help="backbone layers that stay in memory")
     parser.add_argument("--depths", default="4,30", help="exit depths to decode at, with commas between")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--way", choices=("memory", "offloaded"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=LABELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
-        print(json.dumps(measured(arguments)))
+        answer(arguments)
         return
-    ways = {way: in_a_process(way) for way in ("memory", "offloaded")}
+    depths = arguments.depths.split(",")
+    # What has no river has no depths: it runs where the deepest is asked for.
+    asked = {"memory": depths, "offloaded": depths} | ({} if arguments.onnx else {"plain": depths[-1:]})
+    workers = {way: Worker(way) for way in asked}
+    rounds: dict[str, dict[str, list[dict[str, Any]]]] = {way: {depth: [] for depth in asked[way]} for way in asked}
+    for _ in range(arguments.rounds):
+        for depth in depths:
+            for way in (way for way in asked if depth in asked[way]):
+                rounds[way][depth].append(workers[way].decode(depth))
+    ways = {
+        way: {depth: summed_up(found, rounds["memory"][depth]) for depth, found in told.items()}
+        for way, told in rounds.items()
+    }
     if arguments.json:
         print(json.dumps(ways))
     else:
         Console().print(table(ways, arguments))
 
 
-def in_a_process(way: str) -> Any:
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if made.returncode:
-        raise SystemExit(made.stderr.strip().splitlines()[-1])
-    return json.loads(made.stdout.splitlines()[-1])
+def summed_up(rounds: list[dict[str, Any]], in_memory: list[dict[str, Any]]) -> dict[str, Any]:
+    """The most memory of all rounds, their median time, the tokens; and the speed beside the river in memory."""
+    return {
+        "memory": max((found["memory"] for found in rounds), key=lambda memory: memory["VmRSS:"]),
+        "ms": statistics.median(found["ms"] for found in rounds),
+        "tokens": rounds[0]["tokens"],
+        "ratio": statistics.median(kept["ms"] / found["ms"] for kept, found in zip(in_memory, rounds, strict=True)),
+    }
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """By depth: resident memory while decoding, median milliseconds of a token, and the tokens."""
-    decode = with_onnxruntime(arguments) if arguments.onnx else with_torch(arguments)
-    found = {}
-    for depth in map(int, arguments.depths.split(",")):
-        # What is compiled, quantized and let go on first use is not what decoding takes.
-        decode(depth, lambda: None)
-        memory, times = Memory(), [time.perf_counter()]
+class Worker:
+    """A way, in a process of its own, that decodes when asked to."""
 
-        def note(memory: Memory = memory, times: list[float] = times) -> None:
-            times.append(time.perf_counter())
-            memory.read()
+    def __init__(self, way: str) -> None:
+        self._way = way
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--way", way],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
-        tokens = decode(depth, note)
-        between = [1e3 * (later - earlier) for earlier, later in pairwise(times[1:])]
-        found[str(depth)] = {"memory": memory.most, "ms": statistics.median(between), "tokens": tokens}
-    return found
+    def decode(self, depth: str) -> Any:
+        assert self._process.stdin and self._process.stdout
+        with suppress(BrokenPipeError):
+            print(depth, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        found = json.loads(line) if line else {"error": f"the process of {self._way!r} ended without a word"}
+        if "error" in found:
+            raise SystemExit(found["error"])
+        return found
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    """To each depth asked for, a line: resident memory while decoding, median milliseconds of a token, the tokens."""
+    answers = os.fdopen(os.dup(1), "w")
+    # What a library prints is no answer.
+    os.dup2(2, 1)
+    try:
+        decode = with_onnxruntime(arguments) if arguments.onnx else with_torch(arguments)
+        known = set()
+        for depth in map(int, sys.stdin):
+            if depth not in known:
+                # What is compiled, quantized and let go on first use is not what decoding takes.
+                decode(depth, lambda: None)
+                known.add(depth)
+            print(json.dumps(measured(decode, depth)), file=answers, flush=True)
+    except Exception as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+
+
+def measured(decode: Any, depth: int) -> dict[str, Any]:
+    memory, times = Memory(), [time.perf_counter()]
+
+    def note() -> None:
+        times.append(time.perf_counter())
+        memory.read()
+
+    tokens = decode(depth, note)
+    between = [1e3 * (later - earlier) for earlier, later in pairwise(times[1:])]
+    return {"memory": memory.most, "ms": statistics.median(between), "tokens": tokens}
 
 
 def with_torch(arguments: argparse.Namespace) -> Any:
@@ -117,8 +171,14 @@ def with_torch(arguments: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[arguments.shape]))
     else:
         model = AutoModelForCausalLM.from_pretrained(arguments.folder or smollm2(), dtype=dtype)
+    model.eval().requires_grad_(False)
     options = {"offload_after": arguments.after} if arguments.way == "offloaded" else {}
-    compiled: Any = torch.compile(model.eval().requires_grad_(False), backend="river", options={"tau": 2.0, **options})
+    if arguments.way == "plain":
+        # `generate` of what torch.compile gives would call the model itself.
+        model.forward = torch.compile(model.forward)
+        compiled: Any = model
+    else:
+        compiled = torch.compile(model, backend="river", options={"tau": 2.0, **options})
 
     class Told:
         """What `generate` gives tokens to."""
@@ -138,7 +198,8 @@ def with_torch(arguments: argparse.Namespace) -> Any:
     compiled.generate(ids, attention_mask=torch.ones_like(ids), **(counts | {"max_new_tokens": 4, "min_new_tokens": 4}))
 
     def decode(depth: int, note: Any) -> list[int]:
-        river_compile.set_max_depth(compiled, depth)
+        if arguments.way != "plain":
+            river_compile.set_max_depth(compiled, depth)
         made = compiled.generate(ids, attention_mask=torch.ones_like(ids), streamer=Told(note), **counts)
         return made[0, ids.shape[1] :].tolist()
 
@@ -164,16 +225,22 @@ def table(ways: dict[str, Any], arguments: argparse.Namespace) -> Table:
     from river_compile.exporters.machine import cpu_name
 
     kind = "ONNX Runtime" if arguments.onnx else f"PyTorch, {arguments.dtype}"
-    made = Table(title=f"{kind}, {cpu_name()}, {arguments.threads} threads, {arguments.tokens} tokens")
-    for name in ("weights of deep layers", "exit depth", "resident MB", "file", "own", "ms a token", "tokens differ"):
+    made = Table(title=f"{kind}, offloaded after {arguments.after}; {cpu_name()}, {arguments.threads} threads")
+    for name in ("", "exit depth", "resident MB", "file", "own", "ms a token", "ratio", "tokens differ"):
         made.add_column(name, justify="right")
     for way, depths in ways.items():
         for depth, found in depths.items():
             memory, plain = found["memory"], ways["memory"][depth]
             differ = sum(one != other for one, other in zip(found["tokens"], plain["tokens"], strict=True))
             shown = [f"{memory[name]:.0f}" for name in ("VmRSS:", "RssFile:", "RssAnon:")]
-            label = "in memory" if way == "memory" else f"offloaded after {arguments.after}"
-            made.add_row(label, depth, *shown, f"{found['ms']:.1f}", str(differ))
+            made.add_row(
+                LABELS[way],
+                depth if way != "plain" else "",
+                *shown,
+                f"{found['ms']:.1f}",
+                f"{found['ratio']:.2f}x",
+                str(differ),
+            )
     return made
 
 

@@ -35,6 +35,8 @@ def check(ways: Any) -> None:
             memory = found["memory"]
             assert 0 < memory["RssFile:"] + memory["RssAnon:"] <= memory["VmRSS:"] + 1
             assert found["ms"] > 0
+            assert found["ratio"] > 0
+        assert plain["ratio"] == 1.0
 
 
 @only_where_told
@@ -47,4 +49,6 @@ def test_with_onnxruntime(exported: Exported, tmp_path: Path) -> None:
 @only_where_told
 @pytest.mark.slow
 def test_with_torch(tmp_path: Path) -> None:
-    check(measured(str(save_word_tokenizer(save_word_model(tmp_path / "model")))))
+    ways = measured(str(save_word_tokenizer(save_word_model(tmp_path / "model"))))
+    check(ways)
+    assert ways["plain"]["4"]["tokens"] == ways["memory"]["4"]["tokens"]
