@@ -101,9 +101,9 @@ class Int4Cpu:
         if weight.group_size < 32:
             return Dequantized().pack(weight, dtype, device)
         if weight.bits == 8 and self._prefers_int8 is not None and self._prefers_int8(weight, dtype):
-            values, scales, close = int8_operands(weight)
+            operands, close = int8_operands(weight)
             if close >= MOSTLY:
-                return values.to(device), scales.to(device)
+                return tuple(operand.to(device) for operand in operands)
         packed, parameters = int4_operands(weight)
         return packed.to(device), parameters.to(device)
 
@@ -118,9 +118,10 @@ def int4_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1), parameters
 
 
-def int8_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A weight rounded a second time, to 8 bits with one scale an output: int8 [outputs, inputs], float32 [outputs],
-    and the part of its groups that this changes by `SLIGHT` at most."""
+def int8_operands(weight: QuantizedWeight) -> tuple[tuple[torch.Tensor, ...], float]:
+    """A weight rounded a second time, to 8 bits with one scale an output, as `int8_rows` takes it: int8 [outputs,
+    inputs], scales float32 [outputs], and ones bfloat16 [outputs]; and the part of its groups that this changes by
+    `SLIGHT` at most."""
     values, scales, close = [], [], 0
     for start in range(0, len(weight.values), _BLOCK):
         rows = slice(start, start + _BLOCK)
@@ -132,7 +133,8 @@ def int8_operands(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, 
         close += int((error <= SLIGHT * exact.reshape(part.values.shape).norm(dim=-1)).sum())
         values.append(rounded.to(torch.int8))
         scales.append(scale)
-    return torch.cat(values).contiguous(), torch.cat(scales), close / weight.scales.size
+    ones = torch.ones(len(weight.values), dtype=torch.bfloat16)
+    return (torch.cat(values).contiguous(), torch.cat(scales), ones), close / weight.scales.size
 
 
 class Int4Cuda:
@@ -193,9 +195,10 @@ def int4_rows(rows: torch.Tensor, operands: Sequence[torch.Tensor], group_size: 
 
 def int8_rows(rows: torch.Tensor, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     """torch's kernel on rows, bfloat16 [rows, inputs]: bfloat16 [rows, outputs], to be multiplied by the scales. The
-    kernel's own scales would be bfloat16, off by one part in 256 for all of an output."""
-    values, scales = operands
-    result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, values, torch.ones_like(scales, dtype=rows.dtype))
+    kernel's own scales would be bfloat16, off by one part in 256 for all of an output: it is given ones, as an operand,
+    since Inductor has no lowering for ones made on the way."""
+    values, _, ones = operands
+    result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, values, ones)
     return result
 
 

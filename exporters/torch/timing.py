@@ -185,7 +185,7 @@ def _time_quantized(kind: Kind) -> dict[str, float]:
         "int4": _each(lambda operands: int4_rows(rows, operands, group_size), [[one] for one in packed])
     }
     if kind.bits == 8:
-        rounded = [int8_operands(weight)[:2] for weight in weights]
+        rounded = [int8_operands(weight)[0] for weight in weights]
         forms["int8"] = _each(lambda operands: int8_rows(rows, operands), [[one] for one in rounded])
     return {name: seconds * kind.outputs / outputs for name, seconds in _times(forms).items()}
 

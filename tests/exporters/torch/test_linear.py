@@ -63,12 +63,15 @@ def test_eight_bits_take_one_scale_an_output_where_that_is_faster_and_close(dtyp
     weight = torch.randn(64, 40)
     eight = RoundToNearest().quantize(weight.numpy(), 8, 32)
     operands = lowering.pack(eight, dtype, torch.device("cpu"))
-    assert [operand.dtype for operand in operands] == [torch.int8, torch.float32]
+    assert [operand.dtype for operand in operands] == [torch.int8, torch.float32, torch.bfloat16]
     activation, addend = torch.randn(2, 3, 64, dtype=dtype), torch.randn(40, dtype=dtype)
     found = lowering.function(activation, operands, 40, 8, 32, addend)
     expected = activation.float() @ torch.from_numpy(eight.dequantize()) + addend.float()
     assert (found.dtype, found.shape) == (dtype, (2, 3, 40))
     assert float((found.float() - expected).norm() / expected.norm()) < 0.015
+    # A river piece is never run as it is: Inductor must take the kernel's operands.
+    compiled = torch.compile(lowering.function)(activation, operands, 40, 8, 32, addend)
+    assert float((compiled.float() - expected).norm() / expected.norm()) < 0.015
     # A number that stands out takes the step of all others of its output, and groups would have kept them apart.
     weight[0] = 50
     apart = RoundToNearest().quantize(weight.numpy(), 8, 32)
