@@ -71,14 +71,19 @@ def _grows(key: fx.Node) -> bool:
 
 
 def _ends_with_what_was_written(held: fx.Node, read: Any) -> bool:
-    """Whether a slice of a buffer ends where this pass's writing into it ended (`ReservedLayer`)."""
+    """Whether a slice of a buffer's slots ends where this pass's writing into them ended (`ReservedLayer`)."""
+    if not isinstance(read, tuple):
+        return False
+    slots = value_of(held).dim() - 2
+    end = _end(read, slots)
     writes = [user.args[1] for user in held.users if operation(user) == "setitem" and user.args[0] is held]
-    return any(
-        isinstance(mine, slice) and isinstance(theirs, slice) and mine.stop is not None and mine.stop == theirs.stop
-        for written in writes
-        if isinstance(read, tuple) and isinstance(written, tuple)
-        for mine, theirs in zip(read, written, strict=False)
-    )
+    return end is not None and any(_end(written, slots) == end for written in writes)
+
+
+def _end(index: Any, axis: int) -> Any:
+    """Where an index ends along an axis; None if it does not say so."""
+    along = index[axis] if isinstance(index, tuple) and axis < len(index) else None
+    return along.stop if isinstance(along, slice) else None
 
 
 def attend_by_row(*operands: Any) -> torch.Tensor:
