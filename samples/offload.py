@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from side_by_side.client import Process
+from side_by_side.environments import PeerError
+from side_by_side.worker import serve
 
 SHAPES = {
     "1b": {
@@ -40,6 +43,7 @@ SHAPES = {
     }
 }
 PROMPT = list(range(3, 27))
+PATIENCE = 3600
 LABELS = {"memory": "in memory", "offloaded": "offloaded", "plain": "no river"}
 
 
@@ -76,12 +80,18 @@ def main() -> None:
     depths = arguments.depths.split(",")
     # What has no river has no depths: it runs where the deepest is asked for.
     asked = {"memory": depths, "offloaded": depths} | ({} if arguments.onnx else {"plain": depths[-1:]})
-    workers = {way: Worker(way) for way in asked}
     rounds: dict[str, dict[str, list[dict[str, Any]]]] = {way: {depth: [] for depth in asked[way]} for way in asked}
-    for _ in range(arguments.rounds):
-        for depth in depths:
-            for way in (way for way in asked if depth in asked[way]):
-                rounds[way][depth].append(workers[way].decode(depth))
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        command = [sys.executable, __file__, *sys.argv[1:], "--way"]
+        workers = {way: stack.enter_context(Process([*command, way], logs / way, PATIENCE)) for way in asked}
+        for _ in range(arguments.rounds):
+            for depth in depths:
+                for way in (way for way in asked if depth in asked[way]):
+                    try:
+                        rounds[way][depth].append(workers[way].ask(depth=int(depth)))
+                    except PeerError as error:
+                        raise SystemExit(str(error)) from None
     ways = {
         way: {depth: summed_up(found, rounds["memory"][depth]) for depth, found in told.items()}
         for way, told in rounds.items()
@@ -102,46 +112,23 @@ def summed_up(rounds: list[dict[str, Any]], in_memory: list[dict[str, Any]]) -> 
     }
 
 
-class Worker:
-    """A way, in a process of its own, that decodes when asked to."""
-
-    def __init__(self, way: str) -> None:
-        self._way = way
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--way", way],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def decode(self, depth: str) -> Any:
-        assert self._process.stdin and self._process.stdout
-        with suppress(BrokenPipeError):
-            print(depth, file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        found = json.loads(line) if line else {"error": f"the process of {self._way!r} ended without a word"}
-        if "error" in found:
-            raise SystemExit(found["error"])
-        return found
-
-
 def answer(arguments: argparse.Namespace) -> None:
-    """To each depth asked for, a line: resident memory while decoding, median milliseconds of a token, the tokens."""
-    answers = os.fdopen(os.dup(1), "w")
-    # What a library prints is no answer.
-    os.dup2(2, 1)
-    try:
-        decode = with_onnxruntime(arguments) if arguments.onnx else with_torch(arguments)
-        known = set()
-        for depth in map(int, sys.stdin):
-            if depth not in known:
-                # What is compiled, quantized and let go on first use is not what decoding takes.
-                decode(depth, lambda: None)
-                known.add(depth)
-            print(json.dumps(measured(decode, depth)), file=answers, flush=True)
-    except Exception as error:
-        print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
+    """To each depth asked for: resident memory while decoding, median milliseconds of a token, the tokens."""
+    known = set()
+
+    @cache
+    def decode() -> Any:
+        return with_onnxruntime(arguments) if arguments.onnx else with_torch(arguments)
+
+    def found(request: dict[str, Any]) -> dict[str, Any]:
+        depth = request["depth"]
+        if depth not in known:
+            # What is compiled, quantized and let go on first use is not what decoding takes.
+            decode()(depth, lambda: None)
+            known.add(depth)
+        return measured(decode(), depth)
+
+    serve(found)
 
 
 def measured(decode: Any, depth: int) -> dict[str, Any]:

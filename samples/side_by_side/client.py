@@ -6,65 +6,43 @@ import contextlib
 import json
 import select
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from side_by_side.environments import PeerError, last_words
 
-__all__ = ["Worker"]
+__all__ = ["Process", "Worker"]
 
 _SAMPLES = Path(__file__).resolve().parents[1]
 _STOP_SECONDS = 20
 
 
-class Worker:
-    """A process that has loaded a model.
+class Process:
+    """A process that answers requests, as `side_by_side.worker.serve` does.
 
     Args:
-        python: the interpreter that has the engine's packages.
+        command: what starts it.
         log: the file that gets what the process prints.
         patience: seconds to wait for an answer.
-        load: the engine's module (``engine``) and what its ``load`` takes.
-
-    Raises:
-        PeerError: it cannot be loaded.
+        cwd: where it runs; None: where this one does.
     """
 
-    def __init__(self, python: Path, log: Path, patience: float, **load: Any) -> None:
+    def __init__(self, command: Sequence[str], log: Path, patience: float, cwd: Path | None = None) -> None:
         self._log, self._patience = log, patience
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                [str(python), "-m", "side_by_side.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                cwd=_SAMPLES,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd
             )
-        try:
-            self._ask(do="load", **load)
-        except BaseException:
-            self.close()
-            raise
 
-    def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
-        """New tokens, chosen greedily, and the seconds from the first of them to the last."""
-        found = self._ask(do="decode", prompt=prompt, tokens=tokens)
-        return found["tokens"], found["seconds"]
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """What it answers.
 
-    def choices(self, ids: list[int], prompt: int) -> list[int]:
-        """The token chosen after the first ``prompt`` ids, and after each further one."""
-        found: list[int] = self._ask(do="choose", ids=ids, prompt=prompt)["choices"]
-        return found
-
-    def status(self) -> tuple[int | None, str]:
-        """Bytes of resident memory, if that is told, and what the engine notes."""
-        found = self._ask(do="status")
-        return found["resident"], found["note"]
-
-    def _ask(self, **request: Any) -> dict[str, Any]:
+        Raises:
+            PeerError: it failed, has ended, or does not answer in time.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -103,3 +81,39 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
+
+
+class Worker(Process):
+    """A process that has loaded a model.
+
+    Args:
+        python: the interpreter that has the engine's packages.
+        log, patience: see `Process`.
+        load: the engine's module (``engine``) and what its ``load`` takes.
+
+    Raises:
+        PeerError: it cannot be loaded.
+    """
+
+    def __init__(self, python: Path, log: Path, patience: float, **load: Any) -> None:
+        super().__init__([str(python), "-m", "side_by_side.worker"], log, patience, _SAMPLES)
+        try:
+            self.ask(do="load", **load)
+        except BaseException:
+            self.close()
+            raise
+
+    def decode(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
+        """New tokens, chosen greedily, and the seconds from the first of them to the last."""
+        found = self.ask(do="decode", prompt=prompt, tokens=tokens)
+        return found["tokens"], found["seconds"]
+
+    def choices(self, ids: list[int], prompt: int) -> list[int]:
+        """The token chosen after the first ``prompt`` ids, and after each further one."""
+        found: list[int] = self.ask(do="choose", ids=ids, prompt=prompt)["choices"]
+        return found
+
+    def status(self) -> tuple[int | None, str]:
+        """Bytes of resident memory, if that is told, and what the engine notes."""
+        found = self.ask(do="status")
+        return found["resident"], found["note"]

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +45,35 @@ def _in_few_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_WORDS]
 
 
-def main() -> None:
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer each request on standard input by a line on standard output, an error by its few words."""
     # Libraries print what they like: answers go where standard output was, and that goes where errors go.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-
-    def tell(found: dict[str, Any]) -> None:
-        channel.write(json.dumps(found) + "\n")
-        channel.flush()
-
-    engine: Any = None
     for line in sys.stdin:
-        request = json.loads(line)
         try:
-            if request["do"] == "load":
-                module = importlib.import_module(request["engine"])
-                engine = module.load(request["model"], request["threads"], request["capacity"], **request["settings"])
-                tell({})
-            else:
-                tell(answer(engine, request))
+            found = answer(json.loads(line))
         except Exception as error:
             import traceback
 
             traceback.print_exc()
-            tell({"error": _in_few_words(error)})
+            found = {"error": _in_few_words(error)}
+        channel.write(json.dumps(found) + "\n")
+        channel.flush()
+
+
+def main() -> None:
+    engine: Any = None
+
+    def loaded_or_answered(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal engine
+        if request["do"] != "load":
+            return answer(engine, request)
+        module = importlib.import_module(request["engine"])
+        engine = module.load(request["model"], request["threads"], request["capacity"], **request["settings"])
+        return {}
+
+    serve(loaded_or_answered)
 
 
 if __name__ == "__main__":
