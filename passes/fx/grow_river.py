@@ -209,15 +209,20 @@ def _quantized(
             groups.setdefault(key, []).append((plan, linear))
     inputs = list(body.inputs)
     products: dict[tuple[str, ...], Product] = {}
+    operands_of: dict[tuple[str, ...], list[fx.Node]] = {}
+    parts: dict[fx.Node, fx.Node] = {}
     for together in groups.values():
         product = Product(tuple(plan for plan, _ in together))
         operands = weights.operands(product)
         added = tuple(f"river/{product.name}/{place}" for place in range(len(operands)))
         if added not in products:
-            placeholders = [_add_placeholder(body.graph, tensor) for tensor in operands]
+            operands_of[added] = [_add_placeholder(body.graph, tensor) for tensor in operands]
             inputs += added
             products[added] = product
-            _replace(body.graph, [linear for _, linear in together], placeholders, product, weights.function)
+        linears = [linear for _, linear in together]
+        # A product that reads another's result reads what stands for it by now.
+        activation = parts.get(linears[0].activation, linears[0].activation)
+        parts |= _replace(body.graph, linears, activation, operands_of[added], product, weights.function)
     quantized = {linear.weight for product in products.values() for linear in product.linears}
     kept_inputs = [
         name
@@ -243,21 +248,26 @@ def _add_placeholder(graph: fx.Graph, tensor: torch.Tensor) -> fx.Node:
 def _replace(
     graph: fx.Graph,
     linears: Sequence[Linear],
+    activation: fx.Node,
     operands: Sequence[fx.Node],
     product: Product,
     function: Callable[..., torch.Tensor],
-) -> None:
-    """Put one quantized product where the first of some linear layers is, and its parts where all of them are."""
+) -> dict[fx.Node, fx.Node]:
+    """Put one quantized product where the first of some linear layers is, and its parts where all of them are.
+
+    Returns:
+        The parts, by the nodes that they replace.
+    """
     first = linears[0]
     widths = [linear.outputs for linear in linears]
     with graph.inserting_before(first.node):
         bias: fx.Node | None = first.bias
         if bias is not None and len(linears) > 1:
             bias = graph.call_function(torch.cat, ([linear.bias for linear in linears],))
-        arguments = (first.activation, list(operands), sum(widths), product.bits, product.group_size, bias)
+        arguments = (activation, list(operands), sum(widths), product.bits, product.group_size, bias)
         joined = graph.call_function(function, arguments)
         joined.meta["example_value"] = value_of(first.node)
-    start = 0
+    start, parts = 0, {}
     for linear, width in zip(linears, widths, strict=True):
         part = joined
         if len(linears) > 1:
@@ -267,6 +277,8 @@ def _replace(
         start += width
         linear.node.replace_all_uses_with(part)
         graph.erase_node(linear.node)
+        parts[linear.node] = part
+    return parts
 
 
 def _still_read(weight: fx.Node) -> bool:

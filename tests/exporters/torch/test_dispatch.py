@@ -233,3 +233,32 @@ def test_a_changed_weight_is_quantized_anew() -> None:
     case.model.model.layers[2].mlp.up_proj.weight = replacement
     case.judges = [with_river_from(case.model, depth) for depth in range(FEW + 1)]
     case.check(0, 1, 2, "dynamic")
+
+
+class Twice(torch.nn.Module):
+    """A weight that multiplies two activations, the second its own result."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, torch.nn.Parameter(torch.randn(linear.out_features) * 0.1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        once = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        return torch.nn.functional.linear(once, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_that_read_one_another_and_weights_read_twice_are_all_quantized(bias: bool) -> None:
+    """Factors of low rank, as in adapters that are not merged; in o_proj's place one weight is used for both."""
+    case = Case("llama", layers=FEW)
+    for layer in case.model.model.layers:
+        inner, outer = layer.mlp.gate_proj.in_features, layer.mlp.gate_proj.out_features
+        for name in ("gate_proj", "up_proj"):
+            factors = torch.nn.Linear(inner, 32, bias=bias), torch.nn.Linear(32, outer, bias=bias)
+            setattr(layer.mlp, name, torch.nn.Sequential(*factors))
+        layer.self_attn.o_proj = Twice(layer.self_attn.o_proj)
+    case.judges = [with_river_from(case.model, depth) for depth in range(FEW + 1)]
+    for depth in range(FEW + 1):
+        case.check(depth, 2, 5, "dynamic")
+    assert case.backend.stats().river_layers == FEW
+    assert not case.backend.stats().fallbacks
