@@ -100,9 +100,13 @@ def _example_past(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
             cache = cache_of(model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True))
         if cache is None:
             raise InputError("the model keeps no KV cache: it is an encoder, or set up as one")
-        shapes = [(layer.keys, layer.values) for layer in cache.layers]
+        shapes = [(layer.keys, layer.values) for layer in getattr(cache, "self_attention_cache", cache).layers]
     except (AttributeError, TypeError) as error:
         raise InputError(f"the model keeps no KV cache of a key and a value a layer: {error}") from error
+    if empty := [index for index, (key, value) in enumerate(shapes) if key is None or value is None]:
+        raise InputError(
+            f"layers {empty} of the model's KV cache hold no key and value: no ONNX signature tells of them"
+        )
     return [
         (
             torch.zeros(_BATCH, key.shape[1], _PAST, key.shape[3], dtype=key.dtype),

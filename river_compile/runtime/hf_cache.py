@@ -10,7 +10,7 @@ import torch
 
 from river_compile.errors import ConfigError
 
-__all__ = ["back", "cut", "is_static", "mark", "move", "prepare", "reserve", "restored", "room", "settle"]
+__all__ = ["back", "cut", "is_static", "mark", "move", "prepare", "reserve", "restored", "room", "settle", "windows"]
 
 Span = tuple[int, int, int, int]
 
@@ -18,8 +18,8 @@ Span = tuple[int, int, int, int]
 def prepare(cache: Any, length: int) -> None:
     """Bring a cache into a form that can be cut back: an empty one keeps all tokens in layers with a window, too.
 
-    transformers masks by the window whatever the cache holds; a layer that drops what has left the window could not be
-    brought back to where it was.
+    A layer that drops what has left the window could not be brought back to where it was. Where it holds all tokens,
+    the model has to mask by the window itself (`masks_by_window`).
 
     Args:
         length: tokens that a cache of fixed length must have room for.
@@ -46,6 +46,15 @@ def prepare(cache: Any, length: int) -> None:
         layers[index] = StaticLayer(max(length, *(_room(layer) for layer in layers))) if fixed else DynamicLayer()  # type: ignore[no-untyped-call]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicSlidingWindowLayer:
         cache.layer_class_to_replicate = DynamicLayer
+
+
+def windows(cache: Any, length: int) -> list[int | None]:
+    """Of each layer, the tokens that its window has; None where none is ever left within so many tokens."""
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        window = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", length)
+        found.append(int(window) if getattr(layer, "is_sliding", False) and window < length else None)
+    return found
 
 
 def reserve(cache: Any, more: int) -> None:

@@ -18,6 +18,7 @@ from river_compile.exporters.onnx.kv_cache import CACHE_ARGUMENTS
 from river_compile.exporters.torch.forms import SHORT
 from river_compile.runtime import hf_cache
 from river_compile.runtime.exact import Drafting, Experience, exact_steps
+from river_compile.runtime.hf_window import masks_by_window
 from river_compile.runtime.protocol import Passes, State
 from river_compile.runtime.steps import Step
 
@@ -53,13 +54,16 @@ class HfPasses(Passes):
         self._has_river = False
         self._cache_name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), "")
         if not self._cache_name:
-            raise ConfigError("exact", "needs a KV cache (use_cache=True)")
+            raise ConfigError("exact", "needs a KV cache that generate makes or is given (use_cache=True)")
         self._arguments = dict(arguments)
         self._length = length
-        hf_cache.prepare(self._arguments[self._cache_name], length)
+        windows = hf_cache.windows(self.cache, length)
+        hf_cache.prepare(self.cache, length)
+        if any(windows) and not masks_by_window(model, self._cache_name, windows):
+            raise ConfigError("exact", "the model leaves its window to the cache alone, which then cannot be cut back")
         self.coarse = model.dtype in SHORT
         # In 16 bits a row may come out otherwise in a smaller batch.
-        self.fixed_batch = self.coarse or hf_cache.is_static(self._arguments[self._cache_name])
+        self.fixed_batch = self.coarse or hf_cache.is_static(self.cache)
         self._takes = inspect.signature(model.prepare_inputs_for_generation).parameters
         self._has_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._device = model.device
@@ -149,7 +153,14 @@ class HfPasses(Passes):
             if arguments.get(name) is not None:
                 arguments[name] = arguments[name].expand(*arguments[name].shape[:-1], new)
         tokens = torch.from_numpy(state.ids[:, -new:].copy()).to(self._device)
-        outputs = self._call(self._model.prepare_inputs_for_generation(tokens, **arguments))
+        try:
+            outputs = self._call(self._model.prepare_inputs_for_generation(tokens, **arguments))
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            if new == 1:
+                raise
+            raise ConfigError(
+                "exact", f"verifies several tokens in a pass, which the model refuses: {error}"
+            ) from error
         hf_cache.settle(self.cache)
         return _floats(outputs.logits[:, -new:])
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DynamicCache,
+    MoshiConfig,
+    MoshiForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
+    StaticCache,
+)
 
 import river_compile
 from river_compile.errors import ConfigError
@@ -201,6 +208,38 @@ def test_a_cache_that_has_dropped_tokens_is_refused() -> None:
     ids = torch.randint(3, VOCABULARY, (1, 14))
     with pytest.raises(ConfigError, match="has layers that drop what has left their window"):
         model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4, custom_generate=river_compile.exact)
+
+
+@pytest.mark.parametrize("window", (4, 64))
+def test_a_window_that_only_the_cache_keeps_is_refused_where_it_is_left(window: int) -> None:
+    """Moshi's masks know no window: verification would see what plain decoding has dropped."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "ffn_dim": 64}
+    config = MoshiConfig(vocab_size=VOCABULARY, sliding_window=window, max_position_embeddings=128, **sizes)
+    model = MoshiForCausalLM(config).eval()
+    how = {"input_ids": prompt(1, 7), "max_new_tokens": 16, "do_sample": False}
+    if window < 7 + 16:
+        with pytest.raises(ConfigError, match="exact: the model leaves its window to the cache alone"):
+            model.generate(custom_generate=river_compile.exact, **how)
+    else:
+        assert torch.equal(model.generate(custom_generate=river_compile.exact, **how), model.generate(**how))
+
+
+@pytest.mark.parametrize("family", ("gemma2", "gemma3"))
+def test_a_window_that_the_model_masks_by_may_be_left(family: str) -> None:
+    model = random_model(family, LAYERS)
+    assert model.config.sliding_window < 12 + 24
+    how = {"input_ids": prompt(1, 12), "max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(model.generate(custom_generate=river_compile.exact, **how), model.generate(**how))
+
+
+def test_a_model_that_takes_one_token_a_pass_says_so() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "decoder_ffn_dim": 64, "num_decoder_layers": 2, "num_decoder_attention_heads": 2}
+    model = ProphetNetForCausalLM(ProphetNetConfig(vocab_size=VOCABULARY, is_encoder_decoder=False, **sizes)).eval()
+    exact = functools.partial(river_compile.exact, experience=Experience())
+    with pytest.raises(ConfigError, match="exact: verifies several tokens in a pass, which the model refuses"):
+        model.generate(prompt(1, 12), custom_generate=exact, max_new_tokens=16, min_new_tokens=16, do_sample=False)
 
 
 def _steady(monkeypatch: pytest.MonkeyPatch, weight_first: float) -> None:

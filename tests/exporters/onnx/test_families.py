@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as hf
 
 from river_compile.api import export
 from river_compile.config import RiverConfig
 from river_compile.errors import InputError
 from river_compile.exporters.onnx.hf import export_decoder
 from tests.conftest import Exported
-from tests.families import NAMED, NOT_EXPORTED, exported_layers, families_that_export, random_model
+from tests.families import NAMED, NOT_EXPORTED, VOCABULARY, exported_layers, families_that_export, random_model
 from tests.oracle import assert_every_depth
 
 
@@ -25,6 +27,17 @@ def test_each_depth_equals_the_plain_model_with_dequantized_weights(
     assert report.layers == report.river_layers == layers
     # Longer than the sliding window of eight that some of them have.
     assert_every_depth(original, river, lengths=(12, 1, 2))
+
+
+def test_a_decoder_whose_cache_has_room_for_an_encoders_too(tmp_path: Path) -> None:
+    """Decoders by way of BERT keep an `EncoderDecoderCache`, half of which is of no use to them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = hf.MegatronBertConfig(vocab_size=VOCABULARY, is_decoder=True, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    export_decoder(hf.MegatronBertForCausalLM(config).eval(), tmp_path / "model.onnx")
+    report = export(tmp_path / "model.onnx", tmp_path / "m.onnx", RiverConfig(tau=2.0, activations="float"))
+    assert report.river_layers == 2
+    assert_every_depth(tmp_path / "model.onnx", tmp_path / "m.onnx", lengths=(5, 1, 2))
 
 
 @pytest.mark.slow

@@ -50,6 +50,14 @@ def test_an_encoder_of_text(tmp_path: Path) -> None:
     assert _refused(tmp_path) == "the model keeps no KV cache: it is an encoder, or set up as one"
 
 
+def test_layers_that_keep_no_keys(tmp_path: Path) -> None:
+    """Lightning attention has a state of one size, and transformers' cache an empty layer for it."""
+    sizes = _SMALL | {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "vocab_size": 64}
+    kinds = ["linear_attention", "full_attention"]
+    hf.MiniMaxForCausalLM(hf.MiniMaxConfig(layer_types=kinds, **sizes)).save_pretrained(tmp_path)
+    assert "of the model's KV cache hold no key and value" in _refused(tmp_path)
+
+
 def test_an_encoder_of_images(tmp_path: Path) -> None:
     hf.ViTModel(hf.ViTConfig(**_SMALL)).save_pretrained(tmp_path)
     assert "not a causal language model, or a 'vit' model that cannot be loaded" in _refused(tmp_path)
