@@ -44,14 +44,18 @@ def find_layers(graph: FxGraph) -> Anatomy:
 
 
 def _runs_by_scope(graph: FxGraph) -> list[Sequence[fx.Node]]:
-    """The runs of the numbered container whose every member writes a cache: most of them, if there are several."""
+    """The runs of the numbered container whose members write the KV cache: most of them, if there are several.
+
+    Layers behind may write none and read what layers before them have written.
+    """
     tags = [dict(_tags(node)) for node in graph.steps]
     containers = Counter(container for found in tags for container in found)
     best: list[Sequence[fx.Node]] = []
     for container in containers:
         labels = [found.get(container) for found in tags]
         runs = _runs_of_labels(graph.steps, labels)
-        if len(runs) > len(best) and all(_cache_writes(graph, run, frozenset()) for run in runs):
+        writing = [bool(_cache_writes(graph, run, frozenset())) for run in runs]
+        if len(runs) > len(best) and writing[:2] == [True, True] and writing == sorted(writing, reverse=True):
             best = runs
     return best
 
@@ -181,8 +185,6 @@ def _layers(graph: FxGraph, runs: Sequence[Sequence[fx.Node]]) -> tuple[Layer, .
     for index, (run, (before, behind)) in enumerate(zip(runs, pairwise(states), strict=True)):
         inside = set(run)
         slots = _cache_writes(graph, run, hidden)
-        if not slots:
-            raise LayersNotFound(f"layer {index} writes no cache")
         read = dict.fromkeys(operand for node in run for operand in node.all_input_nodes if operand not in inside)
         outputs = [node for node in run if any(user not in inside for user in node.users)]
         past = {slot.past for slot in slots}
@@ -215,8 +217,9 @@ def _hidden_states(graph: FxGraph, runs: Sequence[Sequence[fx.Node]]) -> list[fx
     for index, (run, following) in enumerate(pairwise(runs)):
         inside, next_inside = set(run), set(following)
         crossing = [node for node in run if _is_state(node) and any(user in next_inside for user in node.users)]
+        own = _computed(graph, run, crossing)
         if not states:
-            likes = {_form(node) for node in crossing}
+            likes = {_form(node) for node in own}
             read = dict.fromkeys(operand for node in run for operand in node.all_input_nodes)
             before = [
                 node
@@ -225,10 +228,22 @@ def _hidden_states(graph: FxGraph, runs: Sequence[Sequence[fx.Node]]) -> list[fx
             ]
             cuts = frozenset(_find_cuts(graph)) if len(before) != 1 else cuts
             states.append(_only(before, cuts, 0))
-        if len(crossing) != 1:
-            cuts = cuts if cuts is not None else frozenset(_find_cuts(graph))
+        alike = [node for node in own if _form(node) == _form(states[-1])]
+        if len(alike) == 1:
+            states += alike
+            continue
+        cuts = cuts if cuts is not None else frozenset(_find_cuts(graph))
         states.append(_only(crossing, cuts, index + 1))
     return states
+
+
+def _computed(graph: FxGraph, run: Sequence[fx.Node], crossing: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of the nodes that the run computes with weights: what it only cuts out for the next one is no state."""
+    computed: set[fx.Node] = set()
+    for node in run:
+        if any(operand in computed or operand.name in graph.weights for operand in operands(node)):
+            computed.add(node)
+    return [node for node in crossing if node in computed]
 
 
 def _only(candidates: Sequence[fx.Node], cuts: frozenset[fx.Node] | None, depth: int) -> fx.Node:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
@@ -15,7 +16,7 @@ from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.passes.fx.graph import symbols_of, value_of
-from tests.families import LAYERS, random_model
+from tests.families import LAYERS, VOCABULARY, random_model
 from tests.torch_models import (
     CACHES,
     RIVER_EVERYWHERE,
@@ -262,3 +263,34 @@ def test_products_that_read_one_another_and_weights_read_twice_are_all_quantized
         case.check(depth, 2, 5, "dynamic")
     assert case.backend.stats().river_layers == FEW
     assert not case.backend.stats().fallbacks
+
+
+@pytest.mark.skipif(not hasattr(hf, "Gemma4TextConfig"), reason="an older transformers")
+@pytest.mark.parametrize("cache", CACHES)
+def test_layers_that_have_inputs_of_their_own_and_read_the_keys_of_others(cache: str) -> None:
+    """Gemma 4: each layer gets embeddings of its own, and the last two read what layers before them have cached."""
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
+    config = hf.Gemma4TextConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=4,
+        layer_types=kinds,
+        num_kv_shared_layers=2,
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=64,
+        **sizes,
+        **own,
+    )
+    model = hf.Gemma4ForCausalLM(config).eval()
+    backend = RiverBackend(RIVER_EVERYWHERE, lowering=Dequantized(), compiler=as_it_is)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    for depth in (0, 1, 3, 4):
+        backend.max_depth = depth
+        judge = with_river_from(model, depth)
+        assert_same(play(model, compiled, prompt(2, 5), 2, cache), play(model, judge, prompt(2, 5), 2, cache))
+    assert backend.stats().river_layers == 4
+    assert not backend.stats().fallbacks
