@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import fx
 from transformers import DynamicCache, StaticCache
 from transformers.pytorch_utils import Conv1D
@@ -65,6 +66,17 @@ def capture(family: str, cache: str, layers: int = 4) -> list[FxGraph]:
     model = random_model(family, layers)
     play(model, torch.compile(model, backend=backend), prompt(2, 5), steps=3, cache=cache)
     return graphs
+
+
+def gemma4_that_shares_keys() -> Any:
+    """Four layers with inputs of their own, the last two without keys of theirs."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2}
+    own = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = hf.Gemma4TextConfig(vocab_size=VOCABULARY, num_hidden_layers=4, layer_types=kinds, **sizes, **heads, **own)
+    return hf.Gemma4ForCausalLM(config).eval()
 
 
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:

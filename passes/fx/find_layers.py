@@ -250,7 +250,9 @@ def _only(candidates: Sequence[fx.Node], cuts: frozenset[fx.Node] | None, depth:
     if len(candidates) != 1 and cuts is not None:
         candidates = [node for node in candidates if node in cuts]
     if len(candidates) != 1:
-        raise LayersNotFound(f"no single hidden state at depth {depth}: {[node.name for node in candidates]}")
+        where = f"between decoder layers {depth - 1} and {depth}" if depth else "before the first decoder layer"
+        found = ", ".join(node.name for node in candidates) or "none"
+        raise LayersNotFound(f"{where} there is no single hidden state that goes on in one form: {found}")
     return candidates[0]
 
 

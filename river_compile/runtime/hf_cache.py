@@ -34,6 +34,8 @@ def prepare(cache: Any, length: int) -> None:
     if layers is None:
         raise ConfigError("exact", f"a cache of class {type(cache).__name__} cannot be cut back")
     for index, layer in enumerate(layers):
+        if _holds_nothing(layer):
+            continue
         if type(layer) not in kinds:
             raise ConfigError("exact", f"a cache with layers of class {type(layer).__name__} cannot be cut back")
         if not getattr(layer, "is_sliding", False):
@@ -43,9 +45,18 @@ def prepare(cache: Any, length: int) -> None:
                 "exact", "the cache given has layers that drop what has left their window; give an empty one"
             )
         fixed = isinstance(layer, StaticLayer)
-        layers[index] = StaticLayer(max(length, *(_room(layer) for layer in layers))) if fixed else DynamicLayer()  # type: ignore[no-untyped-call]
+        layers[index] = StaticLayer(max(length, *map(_room, layers))) if fixed else DynamicLayer()  # type: ignore[no-untyped-call]
     if getattr(cache, "layer_class_to_replicate", None) is DynamicSlidingWindowLayer:
         cache.layer_class_to_replicate = DynamicLayer
+
+
+def _holds_nothing(layer: Any) -> bool:
+    """Whether it stands for a decoder layer that keeps no keys and values, or reads those of another."""
+    return bool(getattr(layer, "is_initialized", False)) and layer.keys is None
+
+
+def _holding(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if not _holds_nothing(layer)]
 
 
 def windows(cache: Any, length: int) -> list[int | None]:
@@ -116,7 +127,7 @@ def is_static(cache: Any) -> bool:
 def room(cache: Any) -> int | None:
     """How many more tokens a cache can take without being copied; None: any number."""
     if is_static(cache):
-        return min(_room(layer) for layer in cache.layers) - int(cache.get_seq_length())
+        return min(map(_room, _holding(cache))) - int(cache.get_seq_length())
     return min((layer.capacity - len(layer.span) for layer in _reserved(cache)), default=None)
 
 
@@ -135,7 +146,7 @@ def back(cache: Any, marked: int) -> None:
 
 def _crop(cache: Any, tokens: int) -> None:
     # As the layers' own `crop`, which transformers has from 5.24 on: in place, since the length has a fixed address.
-    for layer in cache.layers if tokens else ():
+    for layer in _holding(cache) if tokens else ():
         layer.cumulative_length.sub_(tokens)
 
 
@@ -146,7 +157,7 @@ def cut(cache: Any, spans: Sequence[Span], length: int) -> None:
         length: slots that were filled.
     """
     if is_static(cache):
-        for layer in cache.layers:
+        for layer in _holding(cache):
             for tensor in (layer.keys, layer.values) if layer.is_initialized else ():
                 move(tensor, spans)
         _, filling, first, last = spans[0]

@@ -9,14 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    MoshiConfig,
-    MoshiForCausalLM,
-    ProphetNetConfig,
-    ProphetNetForCausalLM,
-    StaticCache,
-)
+import transformers as hf
+from transformers import DynamicCache, StaticCache
 
 import river_compile
 from river_compile.errors import ConfigError
@@ -28,7 +22,7 @@ from river_compile.runtime import hf_exact
 from river_compile.runtime.drafting import Costs, DraftLength
 from river_compile.runtime.exact import Experience
 from tests.families import VOCABULARY, random_model
-from tests.torch_models import as_it_is, drafts_cost_nothing, prompt
+from tests.torch_models import as_it_is, drafts_cost_nothing, gemma4_that_shares_keys, prompt
 
 LAYERS = 3
 DYNAMIC: dict[str, Any] = {}
@@ -215,8 +209,8 @@ def test_a_window_that_only_the_cache_keeps_is_refused_where_it_is_left(window: 
     """Moshi's masks know no window: verification would see what plain decoding has dropped."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8, "ffn_dim": 64}
-    config = MoshiConfig(vocab_size=VOCABULARY, sliding_window=window, max_position_embeddings=128, **sizes)
-    model = MoshiForCausalLM(config).eval()
+    config = hf.MoshiConfig(vocab_size=VOCABULARY, sliding_window=window, max_position_embeddings=128, **sizes)
+    model = hf.MoshiForCausalLM(config).eval()
     how = {"input_ids": prompt(1, 7), "max_new_tokens": 16, "do_sample": False}
     if window < 7 + 16:
         with pytest.raises(ConfigError, match="exact: the model leaves its window to the cache alone"):
@@ -233,10 +227,20 @@ def test_a_window_that_the_model_masks_by_may_be_left(family: str) -> None:
     assert torch.equal(model.generate(custom_generate=river_compile.exact, **how), model.generate(**how))
 
 
+@pytest.mark.skipif(not hasattr(hf, "Gemma4TextConfig"), reason="an older transformers")
+@pytest.mark.parametrize("cache", (DYNAMIC, STATIC), ids=("dynamic", "static"))
+def test_layers_that_read_the_keys_of_others_keep_nothing(cache: dict[str, Any]) -> None:
+    model = gemma4_that_shares_keys()
+    how = {"input_ids": prompt(1, 12), "max_new_tokens": 24, "do_sample": False, **cache}
+    assert torch.equal(model.generate(custom_generate=river_compile.exact, **how), model.generate(**how))
+
+
 def test_a_model_that_takes_one_token_a_pass_says_so() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "decoder_ffn_dim": 64, "num_decoder_layers": 2, "num_decoder_attention_heads": 2}
-    model = ProphetNetForCausalLM(ProphetNetConfig(vocab_size=VOCABULARY, is_encoder_decoder=False, **sizes)).eval()
+    model = hf.ProphetNetForCausalLM(
+        hf.ProphetNetConfig(vocab_size=VOCABULARY, is_encoder_decoder=False, **sizes)
+    ).eval()
     exact = functools.partial(river_compile.exact, experience=Experience())
     with pytest.raises(ConfigError, match="exact: verifies several tokens in a pass, which the model refuses"):
         model.generate(prompt(1, 12), custom_generate=exact, max_new_tokens=16, min_new_tokens=16, do_sample=False)

@@ -16,13 +16,14 @@ from river_compile.config import RiverConfig
 from river_compile.exporters.onnx.kv_cache import cache_argument
 from river_compile.exporters.torch.linear import Dequantized
 from river_compile.passes.fx.graph import symbols_of, value_of
-from tests.families import LAYERS, VOCABULARY, random_model
+from tests.families import LAYERS, random_model
 from tests.torch_models import (
     CACHES,
     RIVER_EVERYWHERE,
     as_it_is,
     assert_same,
     family_and_cache,
+    gemma4_that_shares_keys,
     new_cache,
     play,
     prompt,
@@ -269,22 +270,7 @@ def test_products_that_read_one_another_and_weights_read_twice_are_all_quantized
 @pytest.mark.parametrize("cache", CACHES)
 def test_layers_that_have_inputs_of_their_own_and_read_the_keys_of_others(cache: str) -> None:
     """Gemma 4: each layer gets embeddings of its own, and the last two read what layers before them have cached."""
-    torch.manual_seed(0)
-    kinds = ["sliding_attention", "full_attention"] * 2
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    own = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
-    config = hf.Gemma4TextConfig(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=4,
-        layer_types=kinds,
-        num_kv_shared_layers=2,
-        head_dim=16,
-        global_head_dim=16,
-        sliding_window=64,
-        **sizes,
-        **own,
-    )
-    model = hf.Gemma4ForCausalLM(config).eval()
+    model = gemma4_that_shares_keys()
     backend = RiverBackend(RIVER_EVERYWHERE, lowering=Dequantized(), compiler=as_it_is)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)
