@@ -63,8 +63,8 @@ def windows(cache: Any, length: int) -> list[int | None]:
     """Of each layer, the tokens that its window has; None where none is ever left within so many tokens."""
     found = []
     for layer in getattr(cache, "layers", ()):
-        window = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", length)
-        found.append(int(window) if getattr(layer, "is_sliding", False) and window < length else None)
+        window = int(getattr(layer, "sliding_window", 0) or getattr(layer, "max_cache_len", length))
+        found.append(window if getattr(layer, "is_sliding", False) and window < length else None)
     return found
 
 

@@ -34,7 +34,7 @@ def _same_without(model: Any, cache_name: str, windows: Sequence[int | None]) ->
     from transformers import DynamicCache
 
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    first = DynamicCache()  # type: ignore[no-untyped-call]
+    first: Any = DynamicCache()  # type: ignore[no-untyped-call]
     model.forward(token, **{cache_name: first}, use_cache=True)
     length = max(window for window in windows if window is not None)
     found = []
@@ -45,8 +45,8 @@ def _same_without(model: Any, cache_name: str, windows: Sequence[int | None]) ->
                 torch.cat([one, one.new_zeros(*one.shape[:2], length, one.shape[3])], 2)
                 for one in (layer.keys, layer.values)
             )
-            if windows[index] is not None:
-                held[:, :, : length + 1 - windows[index]] *= outside
+            if (window := windows[index]) is not None:
+                held[:, :, : length + 1 - window] *= outside
             cache.update(held, values, index)
         found.append(model.forward(token, **{cache_name: cache}, use_cache=True).logits)
     return bool(torch.equal(*found))
