@@ -79,6 +79,17 @@ def gemma4_that_shares_keys() -> Any:
     return hf.Gemma4ForCausalLM(config).eval()
 
 
+def gemma3n_that_shares_keys() -> Any:
+    """As Gemma 4, and three streams in one hidden state, and factors of low rank."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": [128] * 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"head_dim": 16, "sliding_window": 8, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 3}
+    own = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 4}
+    config = hf.Gemma3nTextConfig(vocab_size=VOCABULARY, num_hidden_layers=4, **kinds, **sizes, **heads, **own)
+    return hf.Gemma3nForCausalLM(config).eval()
+
+
 def prompt(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 

@@ -103,6 +103,9 @@ def _example_past(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
         shapes = [(layer.keys, layer.values) for layer in getattr(cache, "self_attention_cache", cache).layers]
     except (AttributeError, TypeError) as error:
         raise InputError(f"the model keeps no KV cache of a key and a value a layer: {error}") from error
+    # Layers at the end that read what layers before them have cached keep nothing.
+    while len(shapes) > 1 and shapes[-1] == (None, None):
+        shapes.pop()
     if empty := [index for index, (key, value) in enumerate(shapes) if key is None or value is None]:
         raise InputError(
             f"layers {empty} of the model's KV cache hold no key and value: no ONNX signature tells of them"

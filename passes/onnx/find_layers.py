@@ -87,16 +87,17 @@ def _bounds_of_runs(stream: Stream, labels: Sequence[int | None]) -> list[str]:
     """The bounds of runs 0, 1, 2, ... of equal labels; unlabelled segments inside the stack go with the layer before.
 
     A segment that carries the label of a layer without a cache write and lies at the end (a final norm numbered like a
-    layer) is no layer.
+    layer) is no layer, unless it reads what another layer has cached.
     """
     last_cache = stream.cache_segments[-1]
+    reading = {label for segment, label in zip(stream.segments, labels, strict=True) if stream.reads_caches(segment)}
     bounds: list[str] = []
     current: int | None = None
     for index, (segment, label) in enumerate(zip(stream.segments, labels, strict=True)):
         if label is None:
             continue
         if label != current:
-            if index > last_cache:
+            if index > last_cache and label not in reading:
                 break
             if current is not None and label != current + 1:
                 return []
@@ -124,7 +125,7 @@ def _bounds_by_structure(graph: OnnxGraph, stream: Stream) -> list[str]:
 
 
 def _layers(graph: OnnxGraph, uses: Uses, stream: Stream, bounds: Sequence[str]) -> tuple[Layer, ...]:
-    level = _levels(graph, bounds)
+    level = _levels(graph, bounds) | {id(node): 0 for node in stream.early}
     outputs = {value.name for value in graph.outputs}
     slots = [slot for segment in stream.segments for slot in segment.caches]
     kinds: dict[str, int] = {}

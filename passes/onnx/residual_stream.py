@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,17 +40,30 @@ class Segment:
 
 @dataclass(frozen=True)
 class Stream:
-    """The whole stream: its segments in order, from the tokens to the logits."""
+    """The whole stream: its segments in order, from the tokens to the logits.
+
+    Fields:
+        early: nodes that compute what several layers read from the tokens alone (embeddings for each layer).
+        cached: what several layers read of the KV cache that one of them wrote.
+    """
 
     segments: tuple[Segment, ...]
+    early: tuple[gs.Node, ...] = ()
+    cached: frozenset[str] = frozenset()
 
     @property
     def cache_segments(self) -> tuple[int, ...]:
         return tuple(index for index, segment in enumerate(self.segments) if segment.caches)
 
+    def reads_caches(self, segment: Segment) -> bool:
+        return any(self.cached.intersection(reads(node)) for node in segment.nodes)
+
 
 def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     """The residual stream along which most of the KV cache is written, over all graph inputs, to the deepest output.
+
+    Nothing else than it passes from layer to layer; or, where more layers are found so, what several of them read:
+    tensors made of the tokens alone (embeddings for each layer), and the caches of others.
 
     Requires: nodes in topological order.
     Ensures: every node that lies on a path from the stream's source to its sink is in exactly one segment.
@@ -58,12 +71,14 @@ def find_stream(graph: OnnxGraph, uses: Uses) -> Stream:
     sink = _deepest_output(graph)
     above = ancestors(sink, uses)
     sources = _sources(graph, above)
-    streams = [_stream(graph, uses, *_chain(source, sink, above, uses)) for source in sources]
-    return max(
-        streams,
-        key=lambda stream: (sum(len(segment.caches) for segment in stream.segments), len(stream.segments)),
-        default=Stream(()),
-    )
+    streams = [_stream(graph, uses, source, sink, above, aside) for aside in (False, True) for source in sources]
+    return max(streams, key=_reach, default=Stream(()))
+
+
+def _reach(stream: Stream) -> tuple[int, int, bool, int]:
+    written = sum(len(segment.caches) for segment in stream.segments)
+    attending = sum(bool(s.caches) or stream.reads_caches(s) for s in stream.segments)
+    return written, attending, not stream.cached, len(stream.segments)
 
 
 def _sources(graph: OnnxGraph, above: set[int]) -> list[str]:
@@ -94,7 +109,10 @@ def _multiplies(graph: OnnxGraph, node: gs.Node) -> bool:
     return node.op in _PRODUCTS or any(sum(size > 1 for size in weight.shape) > 1 for weight in weights)
 
 
-def _stream(graph: OnnxGraph, uses: Uses, cuts: list[str], nodes: list[gs.Node]) -> Stream:
+def _stream(graph: OnnxGraph, uses: Uses, source: str, sink: str, above: set[int], with_aside: bool) -> Stream:
+    nodes = _on_paths(source, above, uses)
+    aside = _aside(graph, uses, nodes) if with_aside else _NOTHING
+    cuts = _cuts(source, sink, nodes, uses, aside.early | aside.cached)
     caches = _caches_by_node(graph, uses, set(cuts), {id(node) for node in nodes})
     segments = []
     remaining = iter(nodes)
@@ -106,7 +124,8 @@ def _stream(graph: OnnxGraph, uses: Uses, cuts: list[str], nodes: list[gs.Node])
                 break
         slots = tuple(slot for node in inside for slot in caches.get(id(node), ()))
         segments.append(Segment(start, end, tuple(inside), slots))
-    return Stream(tuple(segments))
+    before = set().union(*(ancestors(name, uses) for name in aside.early))
+    return Stream(tuple(segments), tuple(node for node in graph.nodes if id(node) in before), aside.cached)
 
 
 def _deepest_output(graph: OnnxGraph) -> str:
@@ -131,8 +150,8 @@ def ancestors(sink: str, uses: Uses) -> set[int]:
     return found
 
 
-def _chain(source: str, sink: str, above: set[int], uses: Uses) -> tuple[list[str], list[gs.Node]]:
-    """All tensors that every path from source to sink passes, and the nodes on those paths, in order."""
+def _on_paths(source: str, above: set[int], uses: Uses) -> list[gs.Node]:
+    """The nodes on the paths from a source to the sink that these are above of, in order."""
     on_path: dict[int, gs.Node] = {}
     open_names = [source]
     while open_names:
@@ -140,7 +159,11 @@ def _chain(source: str, sink: str, above: set[int], uses: Uses) -> tuple[list[st
             if id(node) in above and id(node) not in on_path:
                 on_path[id(node)] = node
                 open_names += [output.name for output in node.outputs]
-    nodes = sorted(on_path.values(), key=lambda node: uses.position[id(node)])
+    return sorted(on_path.values(), key=lambda node: uses.position[id(node)])
+
+
+def _cuts(source: str, sink: str, nodes: Sequence[gs.Node], uses: Uses, aside: frozenset[str]) -> list[str]:
+    """All tensors that every path from source to sink passes, but for what passes aside."""
     rank = {id(node): index for index, node in enumerate(nodes)}
 
     def last_read(name: str) -> int:
@@ -153,14 +176,69 @@ def _chain(source: str, sink: str, above: set[int], uses: Uses) -> tuple[list[st
     cuts = [source] if alive[source] >= 0 else []
     for index, node in enumerate(nodes):
         alive = {name: last for name, last in alive.items() if last > index}
-        alive |= {output.name: last for output in node.outputs if (last := last_read(output.name)) > index}
+        made = [output.name for output in node.outputs if output.name not in aside]
+        alive |= {name: last for name in made if (last := last_read(name)) > index}
         if len(alive) == 1 and (only := next(iter(alive))) not in cuts[-1:]:
             cuts.append(only)
-    return cuts, nodes
+    return cuts
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """What passes from layer to layer beside the hidden state: made of the tokens alone, and of caches."""
+
+    early: frozenset[str] = frozenset()
+    cached: frozenset[str] = frozenset()
+
+
+_NOTHING = _Aside()
+
+
+def _aside(graph: OnnxGraph, uses: Uses, nodes: Sequence[gs.Node]) -> _Aside:
+    """Tensors made before a cache is read, and still read where the second layer writes its own; the caches
+    themselves; and what is made of nothing else.
+
+    The second layer writes the first cache into which another one flows.
+    """
+    on_path = {id(node) for node in nodes}
+    homes = _caches_by_node(graph, uses, set(), on_path, (False,))
+    writers = [node for node in nodes if id(node) in homes]
+    slots = [slot for node in writers for slot in homes[id(node)]]
+    later = _made_of({output.name for node in writers[:1] for output in node.outputs}, nodes)
+    second = next((uses.position[id(node)] for node in writers if any(name in later for name in reads(node))), None)
+    if second is None:
+        return _NOTHING
+    of_caches = _made_of({slot.past for slot in slots}, nodes)
+    early = {
+        output.name
+        for node in nodes
+        for output in node.outputs
+        if output.name not in of_caches
+        and any(uses.position[id(reader)] > second for reader in uses.readers.get(output.name, ()))
+    }
+    cached = {slot.present for slot in slots}
+    made = {output.name for node in nodes for output in node.outputs}
+    for node in nodes:
+        results = {output.name for output in node.outputs}
+        operands = made.intersection(reads(node))
+        if early & results or (operands and operands <= early):
+            early |= results
+        elif operands and operands <= early | cached:
+            cached |= results
+    return _Aside(frozenset(early), frozenset(cached))
+
+
+def _made_of(names: set[str], nodes: Sequence[gs.Node]) -> set[str]:
+    """These tensors and all that depend on them."""
+    found = set(names)
+    for node in nodes:
+        if not found.isdisjoint(reads(node)):
+            found.update(output.name for output in node.outputs)
+    return found
 
 
 def _caches_by_node(
-    graph: OnnxGraph, uses: Uses, cuts: set[str], on_stream: set[int]
+    graph: OnnxGraph, uses: Uses, cuts: set[str], on_stream: set[int], through_products: Sequence[bool] = (True, False)
 ) -> dict[int, tuple[CacheSlot, ...]]:
     """For the id of a node on the stream, the cache slots whose new content it computes."""
     pasts = {v.name: v for v in graph.inputs if _rank(v) >= 3 and v.name not in graph.weights}
@@ -168,21 +246,21 @@ def _caches_by_node(
     for value in graph.outputs:
         if _rank(value) < 3 or value.name in cuts:
             continue
-        past, home = _trace_cache(value.name, set(pasts), uses, cuts, on_stream)
+        past, home = _trace_cache(value.name, set(pasts), uses, cuts, on_stream, through_products)
         if past is not None and home is not None and _dtype(pasts[past]) == _dtype(value):
             found.setdefault(id(home), []).append(CacheSlot(past, value.name))
     return {key: tuple(slots) for key, slots in found.items()}
 
 
 def _trace_cache(
-    present: str, pasts: set[str], uses: Uses, cuts: set[str], on_stream: set[int]
+    present: str, pasts: set[str], uses: Uses, cuts: set[str], on_stream: set[int], through_products: Sequence[bool]
 ) -> tuple[str | None, gs.Node | None]:
     """The one past that a present output continues, and the last node on the stream that it comes from.
 
     A cache is moved, masked or scaled; what only comes in by a product is none, but a weight (LoRA).
     """
     home: gs.Node | None = None
-    for products in (True, False):
+    for products in through_products:
         reached: set[str] = set()
         seen: set[str] = set()
         open_names = [present]

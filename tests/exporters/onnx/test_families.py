@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from river_compile.exporters.onnx.hf import export_decoder
 from tests.conftest import Exported
 from tests.families import NAMED, NOT_EXPORTED, VOCABULARY, exported_layers, families_that_export, random_model
 from tests.oracle import assert_every_depth
+from tests.torch_models import gemma3n_that_shares_keys, gemma4_that_shares_keys
 
 
 @pytest.mark.parametrize("family", families_that_export(*NAMED))
@@ -38,6 +41,20 @@ def test_a_decoder_whose_cache_has_room_for_an_encoders_too(tmp_path: Path) -> N
     report = export(tmp_path / "model.onnx", tmp_path / "m.onnx", RiverConfig(tau=2.0, activations="float"))
     assert report.river_layers == 2
     assert_every_depth(tmp_path / "model.onnx", tmp_path / "m.onnx", lengths=(5, 1, 2))
+
+
+@pytest.mark.skipif(not hasattr(hf, "Gemma4TextConfig"), reason="an older transformers")
+@pytest.mark.parametrize(
+    "model_of", [gemma4_that_shares_keys, pytest.param(gemma3n_that_shares_keys, marks=pytest.mark.slow)]
+)
+def test_layers_that_have_inputs_of_their_own_and_read_the_keys_of_others(
+    model_of: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Embeddings for each layer are made before the first one; the last two layers keep no keys and values."""
+    export_decoder(model_of(), tmp_path / "model.onnx")
+    report = export(tmp_path / "model.onnx", tmp_path / "m.onnx", RiverConfig(tau=2.0, activations="float"))
+    assert report.layers == report.river_layers == 4
+    assert_every_depth(tmp_path / "model.onnx", tmp_path / "m.onnx", lengths=(12, 1, 2))
 
 
 @pytest.mark.slow
