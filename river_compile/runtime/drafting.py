@@ -20,8 +20,11 @@ _OUTLIER = 2.0
 _ROW_SHARE = 0.05
 _DRAFT_SHARE = 0.4
 _BINS = 10
-_MEMORY = 0.99
+_MEMORY = 0.98
 _GUESS_WEIGHT = 4.0
+# Of what other texts have taught, as many trials count in a new one: few for how often drafts are accepted, which
+# differs from text to text, more for what that hangs on.
+_OTHER_TEXTS, _HANGS_ON = 4.0, 12.0
 _FIRST_GUESS = 0.85
 # Drafts stop by what each is worth, not at a fixed length: a draft that is worth a little less than the best rate costs
 # next to nothing, and one too few costs a pass.
@@ -78,7 +81,7 @@ def _towards(mean: float | None, value: float) -> float:
 
 
 class _Share:
-    """A share of trials, the last hundred or so, begun with a guess that counts as so many trials."""
+    """A share of trials, the last fifty or so, begun with a guess that counts as so many trials."""
 
     def __init__(self, guess: float, weight: float) -> None:
         self._seen, self._kept = weight, weight * guess
@@ -91,6 +94,11 @@ class _Share:
         """One more trial; ``expected`` of it makes the share one of what was expected."""
         self._seen = self._seen * _MEMORY + expected
         self._kept = self._kept * _MEMORY + kept
+
+    def loosen(self, weight: float) -> None:
+        """Count what was seen as so many trials at most."""
+        if self._seen > weight:
+            self._seen, self._kept = weight, weight * self.value
 
 
 class _RiverAcceptance:
@@ -120,6 +128,13 @@ class _RiverAcceptance:
             self._all.add(kept)
             self._by_place[place].add(kept, expected)
 
+    def begin(self) -> None:
+        known = self._all.value
+        # A text as hard as those before it is found out by a few drafts; an easy one would never be, without any.
+        self._all = _Share(max(known, (known + _FIRST_GUESS) / 2), _OTHER_TEXTS)
+        for share in (*self._by_confidence, *self._by_place):
+            share.loosen(_HANGS_ON)
+
 
 def _bin(confidence: float) -> int:
     return min(int(confidence * _BINS), _BINS - 1)
@@ -140,6 +155,10 @@ class _TextAcceptance:
         for place in range(min(accepted + 1, drafts)):
             (self._following if place else self._first).add(place < accepted)
 
+    def begin(self) -> None:
+        for share in (self._first, self._following):
+            share.loosen(_OTHER_TEXTS)
+
     def forget(self) -> None:
         """A text that has stopped repeating itself may begin again."""
         self._first.add(True)
@@ -157,6 +176,12 @@ class DraftLength:
         self.costs, self.most = costs, most
         self._river, self._text = _RiverAcceptance(most), _TextAcceptance()
         self._passed_over = 0
+        self._since_draft, self._patience = 0, _FIRST_PROBE
+
+    def begin(self) -> None:
+        """A new text: what others have taught is where it starts from, and counts little beside its own."""
+        self._river.begin()
+        self._text.begin()
         self._since_draft, self._patience = 0, _FIRST_PROBE
 
     @property

@@ -109,6 +109,7 @@ def exact_steps(
         return
     sequences = _go_on(passes, state, sequences, [0] * len(sequences))
     length = _length(passes, state, sequences, drafting, experience, max_new_tokens)
+    length.begin()
     # Sequences that accept different numbers move in the cache, and attention over other slots rounds otherwise.
     if passes.coarse and choice.greedy and (experience.tie or len(sequences) > 1):
         drafting = replace(drafting, river=False, lookup=False)

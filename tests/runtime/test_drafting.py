@@ -24,6 +24,48 @@ def rounds(costs: Costs, acceptance: float, most: int = 12, confidence: float = 
     return lengths[count // 2 :]
 
 
+def speedup(length: DraftLength, acceptance: float, seed: int, tokens: int = 128) -> float:
+    """Over plain decoding, of a new text: each draft's own probability of being accepted lies around this one."""
+    generator, seconds, made = np.random.default_rng(seed), 0.0, 0
+    length.begin()
+    while made < tokens:
+        chances: list[float] = []
+        survival = np.ones(1)
+        while length.pays(survival, len(chances), tokens - made - 1):
+            chances.append(generator.beta(2 * acceptance, 2 * (1 - acceptance)))
+            survival = survival * length.survival(np.array(chances[-1:]))
+        kept = generator.random(len(chances)) < chances
+        accepted = len(chances) if kept.all() else int(kept.argmin())
+        seconds += len(chances) * length.costs.of_draft() + length.costs.of_pass(1 + len(chances))
+        counts = np.array([accepted]), np.array([len(chances)])
+        length.learn(*counts, np.array([chances]), from_text=False)
+        made += 1 + accepted
+    return tokens * length.costs.of_pass(1) / seconds
+
+
+@pytest.mark.parametrize("draft", [8.0, 20.0])
+@pytest.mark.parametrize("acceptance", [0.1, 0.5])
+def test_a_hard_text_after_easy_ones_costs_little(acceptance: float, draft: float) -> None:
+    found = []
+    for seed in range(8):
+        length = DraftLength(Costs(draft, dict(PLAIN)), 12)
+        for _ in range(3):
+            speedup(length, 0.95, seed)
+        found.append(speedup(length, acceptance, seed))
+    assert min(found) > 0.95 and np.median(found) > 0.97
+
+
+def test_an_easy_text_after_hard_ones_is_drafted_for() -> None:
+    found, alone = [], []
+    for seed in range(8):
+        length = DraftLength(Costs(12.0, dict(PLAIN)), 12)
+        alone.append(speedup(length, 0.97, seed))
+        for _ in range(3):
+            speedup(length, 0.3, seed)
+        found.append(speedup(length, 0.97, seed))
+    assert np.median(found) > 0.9 * np.median(alone) > 1.4
+
+
 def test_a_pass_costs_what_was_measured_and_between_on_a_straight_line() -> None:
     costs = Costs(15.0, dict(PLAIN))
     assert costs.of_passes(np.arange(1, 7)) == pytest.approx([40, 42, 44, 53, 62, 67.5])
