@@ -148,7 +148,7 @@ def test_a_kept_layer_runs_on_the_backbone_after_the_exit() -> None:
     compiled, backend = quick(model, tau=-1.0, keep_layers=(-1,))
     play(model, compiled, prompt(1, 3), 2, "static")
     assert backend.stats().decode_depths == {2: 2}
-    assert "layer 3 stays backbone only: asked for" in backend.stats().notes
+    assert "backbone only, asked for: layers 3" in backend.stats().notes
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,14 @@ def test_what_has_no_weights_is_no_model_that_lacks_a_river(recwarn: pytest.Warn
     found = torch.compile(lambda mask: mask.cumsum(-1) - 1, backend=backend)(torch.ones(2, 3))
     assert found.tolist() == [[0.0, 1.0, 2.0]] * 2
     assert not recwarn.list
+
+
+def test_experts_stay_as_they_are_and_stats_say_so() -> None:
+    model = random_model("mixtral", 2)
+    compiled, backend = quick(model, tau=2.0)
+    play(model, compiled, prompt(1, 3), 1, "dynamic")
+    why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
+    assert f"{why}: layers 0-1" in backend.stats().notes
 
 
 def test_layers_whose_widths_no_group_divides_fall_back() -> None:

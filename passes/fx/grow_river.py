@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from river_compile.passes.anatomy import Anatomy, Layer
 from river_compile.passes.fx.graph import FxGraph, value_of
 from river_compile.passes.fx.linear import Linear, find_linears, module_name
 from river_compile.passes.fx.pieces import Piece, cut_piece
+from river_compile.passes.notes import notes_of
 from river_compile.passes.quantizer import fitting_group
 
 __all__ = ["Product", "River", "RiverLinear", "RiverWeights", "Twin", "grow_river", "layer_piece", "quantize_piece"]
@@ -102,17 +103,22 @@ class Twin:
 
 @dataclass
 class River:
-    """The river of a graph: a twin for each decoder layer that has one, by layer index, and what it is made of."""
+    """The river of a graph: a twin for each decoder layer that has one, by layer index, and what it is made of.
+
+    Fields:
+        kept: the layers without a twin, and why.
+        partial: layers whose twin shares most weights with them, since linear layers hold the lesser part.
+    """
 
     twins: dict[int, Twin] = field(default_factory=dict)
     linears: list[RiverLinear] = field(default_factory=list)
     kept: dict[int, str] = field(default_factory=dict)
+    partial: list[int] = field(default_factory=list)
 
     @property
     def notes(self) -> list[str]:
         """What did not go as asked, a line each."""
-        lines = [f"layer {index} stays backbone only: {why}" for index, why in sorted(self.kept.items())]
-        return lines + [f"{linear.name}: {linear.note}" for linear in self.linears if linear.note]
+        return notes_of(self.kept, self.partial, self.linears)
 
 
 def grow_river(graph: FxGraph, anatomy: Anatomy, config: RiverConfig, weights: RiverWeights) -> River:
@@ -143,6 +149,8 @@ def grow_river(graph: FxGraph, anatomy: Anatomy, config: RiverConfig, weights: R
         else:
             river.linears += [plan for plan, _ in planned]
             river.twins[layer.index] = Twin(layer, backbone, *_quantized(body, planned, weights))
+            if _elements(graph, layer.weights) > 2 * sum(plan.inputs * plan.outputs for plan, _ in planned):
+                river.partial.append(layer.index)
     if not river.twins and len(kept) < len(anatomy.layers):
         raise LayersNotFound(f"no decoder layer can be given a river twin: {next(iter(river.kept.values()))}")
     return river
@@ -172,6 +180,12 @@ def quantize_piece(
     if all(plan.bits is None for plan, _ in planned):
         return None
     return _quantized(piece, planned, weights)
+
+
+def _elements(graph: FxGraph, names: Collection[str]) -> int:
+    """How many floats the weights of these names hold."""
+    values = [value_of(node) for node in graph.placeholders if node.name in names]
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
 def _bits(linear: Linear, layer: Layer, config: RiverConfig) -> int | None:

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from river_compile.config import FLOAT, RiverConfig
 from river_compile.errors import LayersNotFound
+from river_compile.passes.notes import notes_of, ranges, some
 from river_compile.passes.onnx.explain_refusal import caches_elsewhere, explain_no_linears
 from river_compile.passes.onnx.find_layers import Anatomy
 from river_compile.passes.onnx.graph import OnnxGraph, Uses, reads
@@ -125,24 +126,13 @@ class River:
     @property
     def notes(self) -> list[str]:
         """What did not go as asked, a line each."""
-        reasons: dict[str, list[int]] = {}
-        for index, why in sorted(self.kept.items()):
-            reasons.setdefault(why, []).append(index)
-        lines = [f"backbone only, {why}: layers {_ranges(layers)}" for why, layers in reasons.items()]
-        if self.partial:
-            why = "most weights are in no linear layer (a mixture of experts?) and stay as they are"
-            lines.append(f"{why}: layers {_ranges(self.partial)}")
+        lines = notes_of(self.kept, self.partial, self.linears)
         if self.elsewhere:
-            names = _some(self.elsewhere, "caches")
+            names = some(self.elsewhere, "caches")
             lines.append(f"no layer of the one decoder that has a river writes: {names}")
         for found, layers in self.mixed.items():
-            lines.append(f"already quantized in part ({found}), which stays as it is: layers {_ranges(layers)}")
-        lines += [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
-        remarks: dict[str, list[str]] = {}
-        for linear in self.linears:
-            if linear.note:
-                remarks.setdefault(linear.note, []).append(linear.name)
-        return lines + [f"{note}: {_some(names)}" for note, names in remarks.items()]
+            lines.append(f"already quantized in part ({found}), which stays as it is: layers {ranges(layers)}")
+        return lines + [f"bits for {pattern!r}: it matches no linear layer" for pattern in self.unused]
 
 
 def grow_river(
@@ -344,18 +334,3 @@ def quantize(
     if moments is not None and isinstance(quantizer, ActivationAware):
         return quantizer.quantize_for(moments[source.node.inputs[0].name], matrix, bits, group_size)
     return quantizer.quantize(matrix, bits, group_size)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """``0-2, 5`` for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _some(names: Sequence[str], what: str = "linear layers") -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} {what}, such as {names[0]}"

@@ -89,7 +89,7 @@ def test_bits_of_a_pattern_make_a_product_of_their_own(decode: FxGraph) -> None:
 def test_kept_layers_have_no_twin(decode: FxGraph) -> None:
     _, river, plan = passes(decode, RiverConfig(keep_layers=(0, -1)))
     assert sorted(river.twins) == sorted(plan.twins) == [1, 2]
-    assert river.notes == ["layer 0 stays backbone only: asked for", "layer 3 stays backbone only: asked for"]
+    assert river.notes == ["backbone only, asked for: layers 0, 3"]
     with pytest.raises(ConfigError, match="keep_layers"):
         passes(decode, RiverConfig(keep_layers=(9,)))
 
