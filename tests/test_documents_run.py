@@ -1,7 +1,7 @@
 """Every command and example of README and docs/ runs, one page after the other, on a small model under their names.
 
-What is not run here: engines (no GPU), servers, which `tests/serve` runs, and EleutherAI's harness, which has its own
-environment in `tests/peers`.
+What is not run here: engines (no GPU), servers, which `tests/serve` runs, a model of a billion weights, and EleutherAI's
+harness, which has its own environment in `tests/peers`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FOLDERS = (
 )
 MODELS = ("model.onnx", ".cache/smollm2.onnx")
 RIVERS = ("model.exact.onnx", "smollm2.river.onnx", ".cache/smollm2.river.head8.onnx")
-ELSEWHERE = ("tensorrt", ".engine")
+ELSEWHERE = ("tensorrt", ".engine", "1b.", "openai.")
 
 
 @pytest.fixture(scope="module")
