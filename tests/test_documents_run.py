@@ -1,7 +1,7 @@
 """Every command and example of README and docs/ runs, one page after the other, on a small model under their names.
 
-What is not run here: engines (no GPU), servers, which `tests/serve` runs, a model of a billion weights, and EleutherAI's
-harness, which has its own environment in `tests/peers`.
+What is not run here: engines (no GPU), servers, which `tests/serve` runs, a model of a billion weights,
+and EleutherAI's harness (`tests/peers`, in an environment of its own).
 """
 
 from __future__ import annotations
