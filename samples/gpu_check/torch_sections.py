@@ -153,9 +153,10 @@ def graphs(place: Place, report: Report) -> None:
     """Decode passes as CUDA graphs against the same passes without: logits, exit depths, time."""
     model, ids = random_model(place, "small", torch.bfloat16), tokens(place, "small", 40)
     counts = {"captured": 0}
-    plain = place.river({})
+    # By a fixed table: on a CPU each backend would time its products and could take others, which round otherwise.
+    plain = place.river({}, autotune=False)
     recorder = None if place.rehearsal else lambda device: _Counted(device, counts)
-    recorded = place.river({"recorder": recorder, "store": plain.store}, cuda_graphs=True)
+    recorded = place.river({"recorder": recorder, "store": plain.store}, cuda_graphs=True, autotune=False)
     ways = {"without": plain, "with": recorded}
     compiled = {name: torch.compile(model, backend=backend) for name, backend in ways.items()}
     layers = len(model.model.layers)
